@@ -1,0 +1,282 @@
+"""The configuration tree: one root model a job, built from the parts in `config_parts`.
+
+    load(TrainConfig, "jobs/configs/demo.yaml", ["train.learning_rate=1e-4"])
+
+An unknown key is an error that names the nearest known one. Relative paths are resolved here, once:
+against the working directory, or, under `ray job submit`, where the working directory is a copy that
+vanishes, against `storage_path`. `${output_dir}` in a path stands for the run's own directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from paddock.config_parts import (
+    DataConfig,
+    How,
+    Location,
+    LoraPart,
+    ModelConfig,
+    Paths,
+    PredictPart,
+    PromptConfig,
+    SamplingPart,
+    ScalingPart,
+    ServePart,
+    Settings,
+    Split,
+    TrainPart,
+    is_hashed,
+)
+from paddock.errors import ConfigError
+
+
+class JobConfig(Settings):
+    """What every job has: one place to write to."""
+
+    output_dir: Location
+    """The directory that the job writes; all its paths lie under it."""
+    storage_path: How[str | None] = None
+    """Where relative paths of a submitted job lie: a directory that all nodes share, or a URI."""
+    overwrite: How[bool] = False
+    """Replace an output that another configuration made, instead of refusing it."""
+
+    def hashed(self) -> dict[str, Any]:
+        """The part of the configuration that can change the result (see `config_parts.is_hashed`)."""
+        return _hashed(self)
+
+
+class TrainConfig(JobConfig):
+    """LoRA fine-tuning: `python -m jobs.train`."""
+
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    model: ModelConfig
+    lora: LoraPart = LoraPart()
+    train: TrainPart = TrainPart()
+    scaling: ScalingPart = ScalingPart()
+    demo_assets: Location | None = None
+    """Where the embedded default (tiny base, adapters, rows) is made when a path below it is missing."""
+
+
+class MergeConfig(JobConfig):
+    """Base + adapters, in order -> one model: `python -m jobs.merge`."""
+
+    base_model: Location
+    """A Hugging Face directory."""
+    lora_model: Annotated[tuple[Location, ...], Split] = ()
+    """PEFT adapter directories in the order they apply: `lora_model=A,B`."""
+    output_type: Literal["huggingface", "pth"] = "huggingface"
+    """The layout that is written: Hugging Face safetensors, or Meta's consolidated `.pth`."""
+    max_shard_size: str = "2GB"
+    """The most that one safetensors file holds."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What the merged weights are rounded to; null keeps the base's own."""
+    prove_prompts: How[int] = 8
+    """Number of prompts on which base + adapters and the merged model are compared; 0 skips the proof."""
+    min_top1_agreement: How[float] = 0.9
+    """The share of positions with the same most likely token below which the merge fails."""
+    num_workers: How[int] = 1
+    """Shards that are written at a time, one Ray task each; 1 stays in this process."""
+
+
+class ConvertConfig(JobConfig):
+    """Meta's `.pth` layout <-> a Hugging Face directory: `python -m jobs.convert`."""
+
+    input_dir: Location
+    """The directory to convert."""
+    output_type: Literal["huggingface", "pth"] = "huggingface"
+    """The layout that is written."""
+    max_shard_size: str = "2GB"
+    """The most that one safetensors file holds."""
+
+
+class ServeConfig(ServePart):
+    """`serve run deployments:app model=DIR`: a model directory behind HTTP."""
+
+    model: Location
+    """The model directory that is served."""
+    prompt: PromptConfig = PromptConfig()
+
+
+class PredictConfig(JobConfig):
+    """A test set through a served model: `python -m jobs.predict`."""
+
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    model: ModelConfig
+    serve: How[ServePart] = ServePart()
+    predict: PredictPart = PredictPart()
+
+    def service(self) -> ServeConfig:
+        """The service that answers this run, when it has to be started."""
+        serve = self.serve.model_dump()
+        if self.model.dtype is not None:
+            serve["engine"] = {"dtype": self.model.dtype, **serve["engine"]}
+        return ServeConfig(model=self.model.path, prompt=self.prompt, **serve)
+
+
+class ScoreConfig(JobConfig):
+    """Predictions + gold -> scores: `python -m jobs.score`."""
+
+    predictions: Location
+    """A `test_predictions.json`, or any file of rows whose `target` is what a model said."""
+    gold: Location
+    """The same rows with the right `target`."""
+    profile: Literal["v1", "v2"] = "v1"
+    """The benchmark's vintage: v1 has 16 tasks, v2 has 18."""
+
+
+class DemoConfig(TrainConfig):
+    """Everything in one run: `python -m jobs.demo`."""
+
+    serve: How[ServePart] = ServePart()
+    predict: PredictPart = PredictPart()
+    http_rows: How[int] = 8
+    """The number of test rows that are also asked over HTTP."""
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def load(cls: type[Config], config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, lay `key.sub=value` overrides over it, and check the whole.
+
+    Raises ConfigError, in one line, for everything that is wrong with it.
+    """
+    tree: dict[str, Any] = {} if config_file is None else _read_yaml(Path(config_file))
+    for override in overrides:
+        _apply(tree, override)
+    return build(cls, tree, here=any(o.startswith("storage_path=") for o in overrides))
+
+
+def build(cls: type[Config], tree: dict[str, Any], *, here: bool = False) -> Config:
+    """Check a tree of plain values as `cls`.
+
+    A file's `storage_path` is meant for the cluster that the job is submitted to; given on the command
+    line (`here`) it is meant for this run, wherever it runs.
+    """
+    storage_path = tree.get("storage_path")
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    root = None if storage_path is None else os.path.expanduser(str(storage_path))
+    if not submitted and not here:
+        root = os.getcwd()
+    paths = Paths(root=root, output_dir=tree.get("output_dir"))
+    try:
+        return cls.model_validate(tree, context=paths)
+    except ValidationError as error:
+        # A misspelt key first: it is why another one is missing.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ConfigError("; ".join(_explain(cls, dict(e)) for e in errors)) from None
+
+
+def describe(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line a key: its path, its default, what it means. The job's `--help`."""
+    for name, field in cls.model_fields.items():
+        part = _part(field.annotation)
+        if part is not None:
+            yield from describe(part, f"{prefix}{name}.")
+        else:
+            default = "(required)" if field.is_required() else f"= {field.get_default()!r}"
+            yield f"  {prefix}{name} {default}\n      {field.description or ''}"
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The end of an error line: `; did you mean 'x'?`, or what is known."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(
+            f"--config {file}: no such file; jobs/configs/ holds the ones that come with Paddock"
+        )
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a configuration is a mapping of keys, this is {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r}: an override is key.sub=value")
+    *parents, key = path.split(".")
+    branch = tree
+    for parent in parents:
+        below = branch.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{path}: {parent!r} is a value, not a group of keys")
+        branch = below
+    try:
+        branch[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        branch[key] = text
+
+
+def _part(annotation: Any) -> type[BaseModel] | None:
+    """The settings model that an annotation holds, if it does (`X`, `X | None`)."""
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _explain(cls: type[BaseModel], error: dict[str, Any]) -> str:
+    where = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "missing":
+        return f"{where}: is required; give it as {where}=..."
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]} (found {error['input']!r})"
+    model: type[BaseModel] = cls
+    for step in error["loc"][:-1]:
+        field = model.model_fields.get(str(step))
+        model = (field and _part(field.annotation)) or model
+    return f"{where}: unknown key{nearest(str(error['loc'][-1]), list(model.model_fields))}"
+
+
+def _hashed(settings: BaseModel) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if is_hashed(field):
+            tree[name] = _hashed(value) if isinstance(value, BaseModel) else value
+    tree.update(settings.model_extra or {})
+    return typing.cast(dict[str, Any], json.loads(json.dumps(tree, default=list)))
+
+
+__all__ = [
+    "ConvertConfig",
+    "DataConfig",
+    "DemoConfig",
+    "LoraPart",
+    "MergeConfig",
+    "ModelConfig",
+    "PredictConfig",
+    "PredictPart",
+    "PromptConfig",
+    "SamplingPart",
+    "ScalingPart",
+    "ScoreConfig",
+    "ServeConfig",
+    "ServePart",
+    "TrainConfig",
+    "TrainPart",
+    "build",
+    "describe",
+    "load",
+    "nearest",
+]

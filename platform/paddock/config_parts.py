@@ -1,0 +1,235 @@
+"""The parts that the jobs' configurations are built from. A field's docstring is its help.
+
+Names are those of the library that a value ends up in (transformers, PEFT, vLLM, Ray). What belongs to
+one library as a whole passes through to it and is checked by it: `lora` is peft's LoraConfig,
+`serve.engine` vLLM's engine arguments, `serve.autoscaling` Serve's, `predict.sampling` vLLM's
+SamplingParams.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic.fields import FieldInfo
+
+from paddock.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What relative paths of one configuration are resolved against."""
+
+    root: str | None
+    """A directory or URI; None where relative paths must be refused."""
+    output_dir: str | None
+
+
+def _resolve(value: str, info: ValidationInfo) -> str:
+    paths: Paths = info.context if isinstance(info.context, Paths) else Paths(os.getcwd(), None)
+    value = os.path.expanduser(value.replace("${output_dir}", str(paths.output_dir)))
+    if "://" in value or os.path.isabs(value):
+        return value
+    if paths.root is None:
+        raise ConfigError(
+            f"{info.field_name}: {value!r} is relative, and a submitted job runs in a copy of the working"
+            " directory that vanishes with it; give storage_path=DIR_OR_URI or an absolute path"
+        )
+    if "://" in paths.root:
+        return f"{paths.root.rstrip('/')}/{value}"
+    return os.path.abspath(os.path.join(paths.root, value))
+
+
+def _split(value: Any) -> Any:
+    """`a,b` on the command line is a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Split = BeforeValidator(_split)
+
+
+class _NotHashed:
+    """Marks a field that says where or how a job runs, not what it makes."""
+
+
+T = TypeVar("T")
+How = Annotated[T, _NotHashed()]
+Location = Annotated[str, AfterValidator(_resolve), _NotHashed()]
+"""A path or URI. It is not part of the configuration's hash: inputs count by their content."""
+
+
+def is_hashed(field: FieldInfo) -> bool:
+    """Whether a field can change the result of a run."""
+    return not any(isinstance(mark, _NotHashed) for mark in (*field.metadata, *_marks(field.annotation)))
+
+
+def _marks(annotation: Any) -> list[Any]:
+    """What `Annotated` says anywhere inside an annotation, such as `tuple[Location, ...] | None`."""
+    marks = list(getattr(annotation, "__metadata__", ()))
+    for inner in get_args(annotation):
+        marks += _marks(inner)
+    return marks
+
+
+class Settings(BaseModel):
+    """A part of the configuration: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+        validate_default=True,
+    )
+
+
+class DataConfig(Settings):
+    """Files of rows."""
+
+    train: Location | None = None
+    """Rows to learn from; each needs its target."""
+    dev: Location | None = None
+    """Rows to evaluate the loss on while training."""
+    test: Location | None = None
+    """Rows to predict; their targets are never read."""
+    format: Literal["promptcblue", "alpaca", "messages"] = "promptcblue"
+    """How a row is written: the benchmark's six fields, instruction/input/output, or chat messages."""
+
+
+class PromptConfig(Settings):
+    """How a row becomes a prompt."""
+
+    template: str = "promptcblue"
+    """A template's name (promptcblue, alpaca), or a file with `{input}` and perhaps `{instruction}`."""
+
+
+class ModelConfig(Settings):
+    """The model that is trained on or served."""
+
+    path: Location
+    """A Hugging Face directory."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """The type its weights are loaded in; null keeps the files' own."""
+
+
+class LoraPart(Settings):
+    """peft's LoraConfig; keys that are not listed here pass through to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    r: int = Field(default=8, ge=1)
+    """The rank of the update matrices."""
+    lora_alpha: int = 32
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the update matrices."""
+    target_modules: Annotated[tuple[str, ...], Split] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "down_proj",
+        "up_proj",
+    )
+    """Linear layers that get an adapter."""
+    modules_to_save: Annotated[tuple[str, ...], Split] = ()
+    """Layers that are trained whole and saved with the adapter."""
+
+
+class TrainPart(Settings):
+    """The recipe, spelt as in transformers' TrainingArguments."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """The peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """The shape of the learning rate after warm-up."""
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    """The share of max_steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    max_seq_length: int = Field(default=512, ge=8)
+    """Tokens in a packed block; a row never spans two."""
+    per_device_train_batch_size: int = Field(default=2, ge=1)
+    """Packed blocks in one forward pass of one worker."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes of one worker before the optimizer steps."""
+    max_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    save_steps: int = Field(default=100, ge=1)
+    """Steps from one checkpoint to the next; the last step always makes one."""
+    save_total_limit: int | None = Field(default=25, ge=1)
+    """The number of checkpoints that are kept, newest first; null keeps all."""
+    eval_steps: How[int] = Field(default=100, ge=1)
+    """Steps from one dev loss to the next."""
+    logging_steps: How[int] = Field(default=10, ge=1)
+    """Steps from one line of metrics to the next."""
+    seed: int = 42
+    """Seeds the order of the blocks, the adapter's initial weights and dropout."""
+
+
+class ScalingPart(Settings):
+    """Ray Train's ScalingConfig."""
+
+    num_workers: How[int] = Field(default=1, ge=1)
+    """Training processes; the data order and the batch of a step do not depend on it."""
+    use_gpu: How[bool | None] = None
+    """One GPU a worker; null takes one where the cluster has any."""
+    resources_per_worker: How[dict[str, float]] = Field(default_factory=dict)
+    """What Ray reserves for a worker, such as `{CPU: 0.5}`; empty leaves it to Ray."""
+    max_failures: How[int] = 1
+    """How often Ray Train restarts failed workers from the last checkpoint."""
+
+
+class ServePart(Settings):
+    """The deployment around vLLM."""
+
+    served_model_name: str | None = None
+    """The name that requests give as `model`; null takes the model directory's own."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's engine arguments (max_model_len, tensor_parallel_size, gpu_memory_utilization, ...)."""
+    autoscaling: dict[str, Any] = Field(
+        default_factory=lambda: {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 64}
+    )
+    """Serve's AutoscalingConfig."""
+    max_ongoing_requests: int = Field(default=128, ge=1)
+    """Requests that one replica works on at a time."""
+    max_queued_requests: int = Field(default=1024, ge=-1)
+    """Requests that wait for a replica, per caller, before one is refused; -1 is no limit."""
+    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
+    """What Ray reserves for a replica, such as `{num_cpus: 1}`; GPUs follow tensor_parallel_size."""
+    sampling: SamplingPart = Field(default_factory=lambda: SamplingPart(preset="reference"))
+    """What `/generate` uses where a request does not say."""
+    startup_timeout_s: float = Field(default=900, gt=0)
+    """How long the first replica may take to be ready."""
+
+
+class SamplingPart(Settings):
+    """vLLM's SamplingParams over a preset; keys that are not listed here pass through to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    preset: Literal["greedy", "reference"] = "greedy"
+    """greedy: temperature 0, no penalties. reference: the PromptCBLUE endpoint's defaults."""
+
+
+class PredictPart(Settings):
+    """How a test set is sent through a service."""
+
+    sampling: SamplingPart = SamplingPart()
+    """How answers are drawn."""
+    max_in_flight: How[int] = Field(default=256, ge=1)
+    """Requests that are open at a time: more than the replicas hold, or they never scale up."""
+    max_attempts: How[int] = Field(default=4, ge=1)
+    """How often a row is tried before it is put into quarantine."""
+    request_timeout_s: How[float] = Field(default=300, gt=0)
+    """How long one try may take."""
+    rows_per_shard: How[int] = Field(default=256, ge=1)
+    """Rows in one Parquet file of the ledger: what a crash can cost."""
+    retry_quarantined: How[bool] = False
+    """Predict the rows that an earlier run put into quarantine."""

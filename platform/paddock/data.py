@@ -1,0 +1,195 @@
+"""Files of task instructions -> typed rows.
+
+Three formats, one JSON object a line (`data.format`):
+
+    promptcblue   {"input", "target", "answer_choices", "task_type", "task_dataset", "sample_id"}
+    alpaca        {"instruction", "input", "output"}            (a missing "input" is empty)
+    messages      {"messages": [{"role", "content"}, ...]}      (system?, user, assistant?)
+
+A row that does not fit is refused with file and line, never skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from paddock.errors import DataError
+
+FIELDS = ("input", "target", "answer_choices", "task_type", "task_dataset", "sample_id")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction with its answer, in the benchmark's six fields.
+
+    `instruction` is what a prompt template with that slot shows beside `input`; the benchmark
+    writes its instruction into `input` itself and leaves it empty. `target` is empty in a test set.
+    """
+
+    input: str
+    target: str = ""
+    answer_choices: tuple[str, ...] | None = None
+    task_type: str = ""
+    task_dataset: str = ""
+    sample_id: str = ""
+    instruction: str = ""
+
+    def as_record(self, target: str | None = None) -> dict[str, Any]:
+        """The row as the benchmark writes it: six fields, in its order, with another `target`."""
+        record = {name: value for name, value in asdict(self).items() if name in FIELDS}
+        if self.answer_choices is not None:
+            record["answer_choices"] = list(self.answer_choices)
+        if target is not None:
+            record["target"] = target
+        return {name: record[name] for name in FIELDS}
+
+
+def read_rows(
+    path: str | Path,
+    data_format: str = "promptcblue",
+    *,
+    require_target: bool = False,
+    unique_ids: bool = False,
+) -> list[Row]:
+    """Read and check every row of a file.
+
+    `require_target` is for training data; `unique_ids` for rows that are predicted or scored,
+    which are told apart by `sample_id`.
+
+    Raises DataError with file and line for the first row that cannot be used, and for an empty file.
+    """
+    file = Path(path)
+    if data_format not in _PARSERS:
+        raise DataError(f"data.format: {data_format!r} is unknown; known are {', '.join(_PARSERS)}")
+    if not file.is_file():
+        found = "a directory" if file.is_dir() else "nothing"
+        raise DataError(f"{file}: no such data file (found {found} there); check the path")
+    parse = _PARSERS[data_format]
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            row = parse(_parse_object(line, where), where, number)
+            if not row.input.strip() and not row.instruction.strip():
+                raise DataError(f"{where}: the input is empty; every row needs a text to answer")
+            if require_target and not row.target.strip():
+                raise DataError(
+                    f"{where}: the target is missing or empty; training data needs an answer in every row"
+                )
+            if unique_ids and row.sample_id in seen:
+                raise DataError(
+                    f"{where}: sample_id {row.sample_id!r} stands already in line {seen[row.sample_id]};"
+                    " ids must be unique"
+                )
+            seen[row.sample_id] = number
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{file}: the file has no rows")
+    return rows
+
+
+def write_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines as the benchmark does: UTF-8, nothing escaped, one record a line."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def content_hash(rows: Sequence[Row]) -> str:
+    """The sha256 of what the rows say, whatever file or format they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); each line is one JSON object") from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__}, not an object; each line is one JSON object"
+        )
+    return record
+
+
+def _text(record: dict[str, Any], key: str, where: str, *, required: bool = False) -> str:
+    if required and key not in record:
+        raise DataError(f"{where}: the row has no {key!r} (found {', '.join(record) or 'no keys'})")
+    value = record.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {key!r} has half a surrogate pair, which no tokenizer can read") from None
+    return value
+
+
+def _parse_promptcblue(record: dict[str, Any], where: str, number: int) -> Row:
+    choices = record.get("answer_choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(c, str) for c in choices)):
+        raise DataError(f"{where}: 'answer_choices' is neither a list of texts nor null")
+    return Row(
+        input=_text(record, "input", where, required=True),
+        target=_text(record, "target", where),
+        answer_choices=None if choices is None else tuple(choices),
+        task_type=_text(record, "task_type", where),
+        task_dataset=_text(record, "task_dataset", where),
+        sample_id=_text(record, "sample_id", where) or f"line-{number}",
+    )
+
+
+def _parse_alpaca(record: dict[str, Any], where: str, number: int) -> Row:
+    return Row(
+        instruction=_text(record, "instruction", where, required=True),
+        input=_text(record, "input", where),
+        target=_text(record, "output", where),
+        task_dataset=_text(record, "task_dataset", where),
+        sample_id=_text(record, "sample_id", where) or f"line-{number}",
+    )
+
+
+def _parse_messages(record: dict[str, Any], where: str, number: int) -> Row:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(
+            f"{where}: the row has no list of 'messages' (found {', '.join(record) or 'no keys'})"
+        )
+    said = [
+        (_text(m, "role", where, required=True), _text(m, "content", where, required=True)) for m in messages
+    ]
+    roles = [role for role, _ in said]
+    if roles not in (["user"], ["user", "assistant"], ["system", "user"], ["system", "user", "assistant"]):
+        raise DataError(
+            f"{where}: messages of {', '.join(roles) or 'nobody'}; one turn is read: system (optional), user, assistant"
+        )
+    text = dict(said)
+    return Row(
+        instruction=text.get("system", ""),
+        input=text["user"],
+        target=text.get("assistant", ""),
+        task_dataset=_text(record, "task_dataset", where),
+        sample_id=_text(record, "sample_id", where) or f"line-{number}",
+    )
+
+
+_PARSERS: dict[str, Callable[[dict[str, Any], str, int], Row]] = {
+    "promptcblue": _parse_promptcblue,
+    "alpaca": _parse_alpaca,
+    "messages": _parse_messages,
+}

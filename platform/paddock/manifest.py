@@ -1,0 +1,307 @@
+"""manifest.json: the commit of a directory that a stage wrote.
+
+A stage reads directories and writes one. It works in `.NAME.partial` beside its place; the manifest is
+written last and the directory renamed, so that a directory of ours without a valid manifest does not exist
+for the next stage. Directories from elsewhere (Hugging Face, PEFT) have none and are taken as they are.
+
+    python -m paddock.manifest verify DIR        hash everything again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from paddock import __version__
+from paddock.errors import OutputError, PaddockError
+
+NAME = "manifest.json"
+_FIELDS = ("kind", "created_by", "config", "config_hash", "inputs", "files")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the directory."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory is, what it was made from and by which configuration."""
+
+    kind: str
+    created_by: str
+    config: dict[str, Any]
+    config_hash: str
+    inputs: dict[str, str]
+    files: dict[str, FileEntry]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of what the directory holds: its kind and the hashes of its files."""
+        return config_hash({"kind": self.kind, "files": {k: v.sha256 for k, v in self.files.items()}})
+
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json`, atomically."""
+        record = asdict(self)
+        record.update(record.pop("extra"))
+        partial = directory / f".{NAME}.partial"
+        partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial.replace(directory / NAME)
+
+
+def read(directory: str | Path) -> Manifest | None:
+    """A directory's manifest, or None where it has none. Raises OutputError where the file is not one."""
+    file = Path(directory) / NAME
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: record.pop(name) for name in _FIELDS}
+        known["files"] = {str(path): FileEntry(**entry) for path, entry in known["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{file}: not a manifest ({error!r}); remove the directory and make it again"
+        ) from None
+    return Manifest(**known, extra=record)
+
+
+def check(directory: str | Path, kind: str | None = None) -> Manifest:
+    """The start-up check: the manifest is there, and every file with its size. Raises OutputError."""
+    directory = Path(directory)
+    manifest = read(directory)
+    if manifest is None:
+        raise OutputError(f"{directory}: no {NAME}, so whatever wrote it did not finish; make it again")
+    if kind is not None and manifest.kind != kind:
+        raise OutputError(f"{directory}: holds {manifest.kind!r}, wanted {kind!r}; check the path")
+    for path, entry in manifest.files.items():
+        file = directory / path
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise OutputError(
+                f"{file}: {found}, the manifest says {entry.bytes} bytes; make the directory again"
+            )
+    return manifest
+
+
+def verify(directory: str | Path) -> Manifest:
+    """`check`, and every file hashed again. Raises OutputError."""
+    manifest = check(directory)
+    for path, entry in manifest.files.items():
+        found = sha256(Path(directory) / path)
+        if found != entry.sha256:
+            raise OutputError(
+                f"{Path(directory) / path}: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...;"
+                " the file was changed or damaged: make the directory again"
+            )
+    return manifest
+
+
+def fingerprint(path: str | Path) -> str:
+    """The identity of an input by its content: its manifest's hash, or one over the files' hashes.
+
+    Raises OutputError where there is nothing, or a directory of ours that is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        raise OutputError(f"{path}: no such file or directory; check the path")
+    if (path / NAME).is_file():
+        return check(path).hash
+    return config_hash({"files": {k: v.sha256 for k, v in scan(path).items()}})
+
+
+def config_hash(tree: dict[str, Any]) -> str:
+    """The sha256 of a tree of plain values, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """A file's sha256, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def scan(directory: Path) -> dict[str, FileEntry]:
+    """Every file below a directory, in the order of its path, without the manifest."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / NAME)
+    return {f.relative_to(directory).as_posix(): FileEntry(f.stat().st_size, sha256(f)) for f in files}
+
+
+@dataclass
+class Stage:
+    """A directory that is being written."""
+
+    kind: str
+    place: Path
+    """Where it will stand."""
+    directory: Path
+    """Where it is written now."""
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    finished: Manifest | None
+    """The manifest of the same work, already done; then there is nothing to write."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the kind adds to the manifest."""
+
+
+@contextmanager
+def stage(
+    output_dir: str | Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    overwrite: bool = False,
+) -> Iterator[Stage]:
+    """Write a directory as one step: all of it with its manifest, or nothing.
+
+    `config` is what can change the result, `inputs` the fingerprint of everything that is read. Raises
+    OutputError where the place is taken by another configuration's output, by foreign files or by a
+    running job.
+    """
+    place = Path(output_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place):
+        work = Stage(
+            kind=kind,
+            place=place,
+            directory=place.parent / f".{place.name}.partial",
+            config=dict(config),
+            inputs=dict(inputs),
+            finished=None,
+        )
+        if not overwrite:
+            work.finished = _finished(work)
+        if work.finished is not None:
+            print(f"{place}: already made with this configuration; nothing to do")
+            yield work
+            return
+        shutil.rmtree(work.directory, ignore_errors=True)
+        work.directory.mkdir()
+        try:
+            yield work
+            commit(work.directory, kind, work.config, work.inputs, work.extra)
+            if place.exists():
+                shutil.rmtree(place)
+            work.directory.rename(place)
+        finally:
+            shutil.rmtree(work.directory, ignore_errors=True)
+
+
+def commit(
+    directory: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash a directory's files and write its manifest."""
+    manifest = Manifest(
+        kind=kind,
+        created_by=f"paddock {__version__}",
+        config=dict(config),
+        config_hash=config_hash(dict(config)),
+        inputs=dict(inputs),
+        files=scan(directory),
+        extra=dict(extra or {}),
+    )
+    manifest.write(directory)
+    return manifest
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Hold an output directory for one run. Raises OutputError where another run holds it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.parent / f".{place.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{place}: another run is writing here; wait for it or choose another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def difference(found: Manifest, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
+    """What of a configuration and its inputs is not what a manifest says, or None."""
+    before, after = (
+        _flat({"config": found.config, "input": found.inputs}),
+        _flat({"config": config, "input": inputs}),
+    )
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            name = key.removeprefix("config.")
+            return f"{name} was {_short(before.get(key))} and is now {_short(after.get(key))}"
+    return None
+
+
+def _finished(work: Stage) -> Manifest | None:
+    place = work.place
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return None
+    found = read(place)
+    if found is None:
+        raise OutputError(
+            f"{place}: exists and is not a finished output of Paddock; choose another output_dir or overwrite=true"
+        )
+    changed = f"kind was {found.kind} and is now {work.kind}" if found.kind != work.kind else None
+    changed = changed or difference(found, work.config, work.inputs)
+    if changed is not None:
+        raise OutputError(
+            f"{place}: made with another configuration: {changed}; choose another output_dir or overwrite=true"
+        )
+    return check(place)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:36]}..."
+
+
+def main(argv: list[str]) -> int:
+    """`verify DIR...`: exit code 0 where all is as written, 2 where not."""
+    if len(argv) < 2 or argv[0] != "verify":
+        print("usage: python -m paddock.manifest verify DIR...", file=sys.stderr)
+        return 2
+    try:
+        for directory in argv[1:]:
+            manifest = verify(directory)
+            print(f"{directory}: {manifest.kind}, {len(manifest.files)} files, as written")
+    except PaddockError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
