@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from paddock.config import describe, load
 from paddock.config_parts import Settings
@@ -13,32 +13,23 @@ from paddock.errors import ConfigError, PaddockError
 Config = TypeVar("Config", bound=Settings)
 
 
-def run(cls: type[Config], main: Callable[[Config], object], **commands: Callable[[Config], object]) -> None:
+def run(cls: type[Config], main: Callable[[Config], object], **commands: Callable[[Any], object]) -> None:
     """`python -m jobs.NAME [COMMAND] [--config FILE] [key.sub=value ...]`, then exit.
 
-    Exit code 0: done and verified. 2: a mistake that the user can fix, told in one line on stderr.
-    Anything else is a bug of ours and keeps its traceback.
+    A command's configuration is what its `config` parameter is annotated with. Exit code 0: done and
+    verified. 2: a mistake that the user can fix, told in one line on stderr. Anything else is a bug of ours
+    and keeps its traceback.
     """
+    words = sys.argv[1:]
     try:
-        config_file, overrides, work = None, [], main
-        words = iter(sys.argv[1:])
-        for position, word in enumerate(words):
-            if word in ("-h", "--help"):
-                print(_help(cls, main, commands))
-                sys.exit(0)
-            elif word == "--config":
-                config_file = next(words, None)
-                if config_file is None:
-                    raise ConfigError("--config: needs a file")
-            elif word.startswith("--config="):
-                config_file = word.removeprefix("--config=")
-            elif position == 0 and word in commands:
-                work = commands[word]
-            elif "=" in word and not word.startswith("-"):
-                overrides.append(word)
-            else:
-                known = ", ".join(["--config FILE", "key.sub=value", *commands])
-                raise ConfigError(f"{word!r}: not understood; known are {known}")
+        work: Callable[[Any], object] = main
+        if words and words[0] in commands:
+            work = commands[words.pop(0)]
+            cls = get_type_hints(work)["config"]
+        if "-h" in words or "--help" in words:
+            print(_help(cls, main, list(commands)))
+            sys.exit(0)
+        config_file, overrides = _parse(words, list(commands))
         work(load(cls, config_file, overrides))
     except PaddockError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,15 +37,26 @@ def run(cls: type[Config], main: Callable[[Config], object], **commands: Callabl
     sys.exit(0)
 
 
-def _help(
-    cls: type[Settings], main: Callable[..., object], commands: dict[str, Callable[..., object]]
-) -> str:
+def _parse(words: list[str], commands: list[str]) -> tuple[str | None, list[str]]:
+    config_file, overrides = None, []
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            config_file = next(rest, None)
+            if config_file is None:
+                raise ConfigError("--config: needs a file")
+        elif word.startswith("--config="):
+            config_file = word.removeprefix("--config=")
+        elif "=" in word and not word.startswith("-"):
+            overrides.append(word)
+        else:
+            known = ", ".join(["--config FILE", "key.sub=value", *commands])
+            raise ConfigError(f"{word!r}: not understood; known are {known}")
+    return config_file, overrides
+
+
+def _help(cls: type[Settings], main: Callable[..., object], commands: list[str]) -> str:
     """What the job does, its commands, and every key with its default."""
     about = sys.modules[main.__module__].__doc__ or ""
-    names = " | ".join(commands)
-    usage = (
-        f"usage: [{names}] [--config FILE] [key.sub=value ...]"
-        if names
-        else "usage: [--config FILE] [key.sub=value ...]"
-    )
-    return "\n".join([about.strip(), "", usage, "", *describe(cls)])
+    command = f"[{'|'.join(commands)}] " if commands else ""
+    return "\n".join([about.strip(), "", f"usage: {command}[--config FILE] [key.sub=value ...]", "", *describe(cls)])

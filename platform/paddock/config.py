@@ -98,6 +98,8 @@ class ConvertConfig(JobConfig):
     """The layout that is written."""
     max_shard_size: str = "2GB"
     """The most that one safetensors file holds."""
+    max_position_embeddings: int | None = None
+    """The context length of the model, which Meta's files do not say; null infers it (see paddock.convert)."""
 
 
 class ServeConfig(ServePart):

@@ -1,0 +1,26 @@
+"""LoRA fine-tuning across Ray Train workers.
+
+    python -m jobs.train --config jobs/configs/demo.yaml
+    python -m jobs.train --config jobs/configs/demo.yaml model.path=DIR data.train=FILE data.dev=FILE output_dir=DIR
+    ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
+        python -m jobs.train --config jobs/configs/demo.yaml
+
+Reads a Hugging Face model directory and rows; writes OUTPUT_DIR/packed, checkpoint-N, metrics.jsonl and
+tensorboard.
+"""
+
+from __future__ import annotations
+
+import jobs
+from paddock.config import TrainConfig
+from paddock.demo.prepare import ensure
+from paddock.train import train
+
+
+def main(config: TrainConfig) -> None:
+    ensure(config)
+    print(f"trained: {train(config)}")
+
+
+if __name__ == "__main__":
+    jobs.run(TrainConfig, main)

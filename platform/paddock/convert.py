@@ -1,0 +1,308 @@
+"""Meta's `.pth` layout -> a Hugging Face directory, and back; weights there and back are equal to the byte.
+
+Every hyper-parameter comes from the files. What Meta's files do not say is how long a context the model was
+trained on: `max_position_embeddings` takes it, else what an earlier conversion noted, else 2,048 for
+float16, in which only LLaMA 1 was released, and 4,096 for what came after it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig
+
+from paddock import manifest
+from paddock.config import ConvertConfig
+from paddock.errors import ModelError
+from paddock.meta_llama import EMBEDDING, HEAD, Params, is_buffer, params_json, permute, read_params, unpermute
+from paddock.weights import (
+    TensorInfo,
+    Weights,
+    one_line,
+    open_model,
+    plan_shards,
+    read_object,
+    write_index,
+    write_object,
+    write_shard,
+)
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Convert as configured; return the directory. Raises ModelError where the input is not what it should be."""
+    source = Path(config.input_dir)
+    if not source.is_dir():
+        raise ModelError(f"input_dir: {source}: no such directory; check the path")
+    to_meta = config.output_type == "pth"
+    inputs = {"input_dir": manifest.fingerprint(source)}
+    tokenizer = None if to_meta else _tokenizer_model(source)
+    if tokenizer is not None and tokenizer.parent != source:
+        inputs["tokenizer.model"] = manifest.fingerprint(tokenizer)
+    with manifest.stage(
+        config.output_dir,
+        kind="meta" if to_meta else "model",
+        config=config.hashed(),
+        inputs=inputs,
+        overwrite=config.overwrite,
+    ) as stage:
+        if stage.finished:
+            return stage.place
+        if to_meta:
+            stage.extra.update(write_meta(source, stage.directory))
+        else:
+            write_huggingface(
+                source,
+                stage.directory,
+                tokenizer,
+                max_shard_size=config.max_shard_size,
+                max_position_embeddings=config.max_position_embeddings,
+            )
+    return stage.place
+
+
+def write_huggingface(
+    source: Path,
+    target: Path,
+    tokenizer: Path | None,
+    *,
+    max_shard_size: str = "2GB",
+    max_position_embeddings: int | None = None,
+) -> None:
+    """Write Meta's weights as a Hugging Face directory, one tensor at a time."""
+    shares = _open_shares(source)
+    found = _whole_shapes(shares, source)
+    file = source / "params.json"
+    if not file.is_file():
+        raise ModelError(f"{source}: no params.json; get it with Meta's weights")
+    params = read_params(read_object(file), file, rows=found[EMBEDDING][0][0])
+    origin: dict[str, str] = {}
+    infos: dict[str, TensorInfo] = {}
+    for name, shape in params.shapes().items():
+        if name not in found:
+            raise ModelError(f"{source}: tensor {name}, which params.json asks for, is missing; get all shards")
+        if found[name][0] != shape:
+            raise ModelError(f"{source}: tensor {name} is {found[name][0]}, params.json asks for {shape}")
+        place = params.place(name)
+        assert place is not None
+        origin[place.name] = name
+        infos[place.name] = TensorInfo(shape, found[name][1])
+    for name in found:
+        if params.place(name) is None:
+            raise ModelError(f"{source}: tensor {name} is none of LLaMA's; it would be lost")
+    tied = torch.equal(_whole(shares, EMBEDDING, found), _whole(shares, HEAD, found))
+    if tied:
+        del infos["lm_head.weight"]
+
+    def tensor_of(name: str) -> torch.Tensor:
+        place = params.place(origin[name])
+        tensor = _whole(shares, origin[name], found)
+        return tensor if place is None or place.heads is None else permute(tensor, place.heads)
+
+    shards = plan_shards(infos, max_shard_size)
+    for shard, names in shards.items():
+        write_shard(target / shard, {name: infos[name] for name in names}, tensor_of)
+        print(f"convert: wrote {shard}", flush=True)
+    write_index(target, shards, infos)
+    dtype = infos["model.embed_tokens.weight"].dtype
+    noted = manifest.read(source)
+    positions = (
+        max_position_embeddings
+        or params.max_seq_len
+        or (noted.extra.get("max_position_embeddings") if noted else None)
+        or (2048 if dtype == torch.float16 else 4096)
+    )
+    special = _write_tokenizer(tokenizer, target, params, positions)
+    write_object(target / "config.json", _llama_config(params, positions, dtype, special, tied=tied))
+    write_object(target / "generation_config.json", {"do_sample": False, **special})
+    (target / "README.md").write_text(
+        f"# {source.name}\n\nLLaMA weights, converted from Meta's layout. `manifest.json` holds their hashes.\n",
+        encoding="utf-8",
+    )
+
+
+def write_meta(source: Path, target: Path) -> dict[str, Any]:
+    """Write a Hugging Face LLaMA directory in Meta's layout, as one `consolidated.00.pth`.
+
+    Returns what the layout has no place for and the manifest keeps.
+    """
+    if not (source / "config.json").is_file():
+        raise ModelError(f"{source}: no config.json; give a Hugging Face model directory")
+    values = read_object(source / "config.json")
+    try:
+        config = LlamaConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{source / 'config.json'}: refused by transformers: {one_line(error)}") from None
+    rope = dict(config.rope_parameters or {})
+    refused = {
+        "model_type": values.get("model_type") != "llama",
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "head_dim": config.head_dim != config.hidden_size // config.num_attention_heads,
+        "rope_scaling": rope.get("rope_type", "default") != "default",
+    }
+    for key, refuse in refused.items():
+        if refuse:
+            raise ModelError(f"{source / 'config.json'}: Meta's layout has no place for {key}={values.get(key)!r}")
+    params = Params(
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        norm_eps=config.rms_norm_eps,
+        ffn_dim=config.intermediate_size,
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        max_seq_len=config.max_position_embeddings,
+    )
+    weights = open_model(source)
+    tensors: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    for name, shape in params.shapes().items():
+        place = params.place(name)
+        assert place is not None
+        tied = name == HEAD and config.tie_word_embeddings
+        theirs = "model.embed_tokens.weight" if tied else place.name
+        if theirs not in weights.infos or weights.infos[theirs].shape != shape:
+            has = weights.infos[theirs].shape if theirs in weights.infos else "missing"
+            raise ModelError(f"{source}: tensor {theirs} is {has}, its config.json asks for {shape}")
+        used.add(theirs)
+        tensor = weights.read(theirs)
+        tensors[name] = tensor.clone() if tied else tensor if place.heads is None else unpermute(tensor, place.heads)
+    for name in weights.infos.keys() - used:
+        if not name.endswith("rotary_emb.inv_freq") and not (config.tie_word_embeddings and name == "lm_head.weight"):
+            raise ModelError(f"{source}: tensor {name} is none of LLaMA's; it would be lost")
+    torch.save(tensors, target / "consolidated.00.pth")
+    write_object(target / "params.json", params_json(params))
+    if (source / "tokenizer.model").is_file():
+        shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
+    return {"max_position_embeddings": config.max_position_embeddings}
+
+
+def _open_shares(source: Path) -> list[Weights]:
+    """The model-parallel shards, in order."""
+    files = sorted(source.glob("consolidated.*.pth"))
+    numbers = [re.fullmatch(r"consolidated\.(\d\d)\.pth", file.name) for file in files]
+    if not files:
+        raise ModelError(f"{source}: no consolidated.*.pth; give the directory of Meta's weights")
+    if [match and int(match[1]) for match in numbers] != list(range(len(files))):
+        raise ModelError(f"{source}: shards {', '.join(f.name for f in files)}: some are missing; get all of them")
+    shares = [Weights([file]) for file in files]
+    for file, share in zip(files, shares, strict=True):
+        if share.infos.keys() != shares[0].infos.keys():
+            odd = sorted(share.infos.keys() ^ shares[0].infos.keys())[0]
+            raise ModelError(f"{file}: tensor {odd} is not in every shard; the shards are of different models")
+    return shares
+
+
+def _whole_shapes(
+    shares: Sequence[Weights], source: Path
+) -> dict[str, tuple[tuple[int, ...], torch.dtype, int | None]]:
+    """Name -> shape and dtype of the whole tensor, and the axis along which the shards hold it."""
+    file = source / "params.json"
+    dim = read_object(file).get("dim") if file.is_file() else None
+    if EMBEDDING not in shares[0].infos:
+        raise ModelError(f"{source}: no {EMBEDDING}; these are not LLaMA's weights")
+    any_layer = Params(0, 2**31, 1, 1, 0, 0, 0, 0, None)
+    whole: dict[str, tuple[tuple[int, ...], torch.dtype, int | None]] = {}
+    for name, info in shares[0].infos.items():
+        if is_buffer(name):
+            continue
+        place = any_layer.place(name)
+        axis = None if place is None else place.axis
+        if name == EMBEDDING and info.shape[-1] == dim:
+            axis = 0
+        shape = list(info.shape)
+        if axis is not None:
+            shape[axis] = sum(share.infos[name].shape[axis] for share in shares)
+        if any(share.infos[name].shape != info.shape for share in shares):
+            raise ModelError(
+                f"{source}: tensor {name} has different shapes in the shards; they are of different models"
+            )
+        whole[name] = tuple(shape), info.dtype, axis
+    return whole
+
+
+def _whole(
+    shares: Sequence[Weights], name: str, found: dict[str, tuple[tuple[int, ...], torch.dtype, int | None]]
+) -> torch.Tensor:
+    axis = found[name][2]
+    if axis is None or len(shares) == 1:
+        return shares[0].read(name)
+    return torch.cat([share.read(name) for share in shares], dim=axis)
+
+
+def _tokenizer_model(source: Path) -> Path | None:
+    """Meta keeps one tokenizer.model for all sizes, one directory up."""
+    for directory in (source, source.parent):
+        if (directory / "tokenizer.model").is_file():
+            return directory / "tokenizer.model"
+    return None
+
+
+def _write_tokenizer(file: Path | None, target: Path, params: Params, positions: int) -> dict[str, int]:
+    """Write the files of LlamaTokenizer; return its BOS and EOS ids."""
+    if file is None:
+        print("convert: no tokenizer.model beside the weights or one directory up: written without", flush=True)
+        return {"bos_token_id": 1, "eos_token_id": 2}
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError):
+        raise ModelError(f"{file}: not a SentencePiece model, as LLaMA 1 and 2 have; get it again") from None
+    if model.get_piece_size() > params.vocab_size:
+        raise ModelError(f"{file}: has {model.get_piece_size()} tokens, the embedding {params.vocab_size} rows")
+    bos, eos = model.bos_id(), model.eos_id()
+    if bos < 0 or eos < 0:
+        raise ModelError(f"{file}: has no BOS or no EOS token; this is not LLaMA's tokenizer")
+    tokens = {
+        "bos_token": model.id_to_piece(bos),
+        "eos_token": model.id_to_piece(eos),
+        "unk_token": model.id_to_piece(model.unk_id()),
+    }
+    shutil.copyfile(file, target / "tokenizer.model")
+    write_object(target / "special_tokens_map.json", tokens)
+    about: dict[str, Any] = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        "model_max_length": positions,
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    write_object(target / "tokenizer_config.json", {**about, **tokens})
+    return {"bos_token_id": bos, "eos_token_id": eos}
+
+
+def _llama_config(
+    params: Params, positions: int, dtype: torch.dtype, special: dict[str, int], *, tied: bool
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": params.dim // params.n_heads,
+        "hidden_act": "silu",
+        "hidden_size": params.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": params.ffn_dim,
+        "max_position_embeddings": positions,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": params.n_heads,
+        "num_hidden_layers": params.n_layers,
+        "num_key_value_heads": params.n_kv_heads,
+        "rms_norm_eps": params.norm_eps,
+        "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": params.vocab_size,
+        **special,
+    }

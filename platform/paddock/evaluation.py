@@ -1,0 +1,104 @@
+"""A file of predictions + a file of gold -> the directory of scores (`python -m jobs.score`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paddock import __version__, manifest
+from paddock.config import ScoreConfig
+from paddock.data import Row, read_rows
+from paddock.errors import DataError
+from paddock.report import Run, write_report
+from paddock.scoring import parse_predictions, score, task_of
+from paddock.tasks import dump_results
+
+
+def score_files(config: ScoreConfig) -> dict[str, Any]:
+    """Write `results.json`, `scores.json` and `report.html`; returns what scores.json says.
+
+    Raises DataError, with file and line, where a file cannot be read, gold has an empty target, or the
+    predictions are not the gold's rows in their order.
+    """
+    predicted, gold = read_pair(config.predictions, config.gold, config.profile)
+    inputs = {name: manifest.fingerprint(getattr(config, name)) for name in ("predictions", "gold")}
+    with manifest.stage(
+        config.output_dir, kind="scores", config=config.hashed(), inputs=inputs, overwrite=config.overwrite
+    ) as stage:
+        if stage.finished is None:
+            parsed = parse_predictions(predicted, config.profile)
+            scores = score(parsed.results, gold, config.profile)
+            run = Run("predictions", predicted, parsed, scores)
+            record = {
+                **scores.as_record(),
+                "rows": len(gold),
+                "health": {name: vars(health) for name, health in parsed.health.items()},
+                "parse_errors": parsed.errors,
+            }
+            results = dump_results(parsed.results)
+            (stage.directory / "results.json").write_text(results, encoding="utf-8")
+            (stage.directory / "scores.json").write_text(
+                json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            )
+            write_report(
+                stage.directory / "report.html",
+                "PromptCBLUE scores",
+                [run],
+                gold,
+                provenance={"profile": config.profile, **_provenance(config, inputs)},
+            )
+            stage.extra["score"] = scores.overall
+    record = json.loads((Path(config.output_dir) / "scores.json").read_text(encoding="utf-8"))
+    return dict(record)
+
+
+def _provenance(config: ScoreConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """What the scores were made from; where the predictions are a run's own, also what that was made from."""
+    provenance: dict[str, Any] = {f"{name} (sha256)": value for name, value in inputs.items()}
+    predicted = manifest.read(Path(config.predictions).parent)
+    if predicted is not None:
+        provenance |= {f"predicted from {name}": value for name, value in predicted.inputs.items()}
+        provenance |= {"predicted with": predicted.config, "predicted by": predicted.created_by}
+    return {**provenance, "scored by": f"paddock {__version__}"}
+
+
+def read_pair(predictions: str | Path, gold: str | Path, profile: str) -> tuple[list[Row], list[Row]]:
+    """Both files' rows, proven to be the same ones in the same order. Raises DataError with file and line."""
+    right = read_rows(gold, unique_ids=True)
+    for index, row in enumerate(right):
+        try:
+            task_of(row, profile)
+        except DataError as error:
+            raise DataError(f"{_place(gold, index)}: {error}") from None
+        if not row.target.strip():
+            raise DataError(
+                f"{_place(gold, index)}: the target of row {row.sample_id!r} is empty;"
+                " gold needs the right answer in every row"
+            )
+    said = read_rows(predictions, unique_ids=True)
+    for index, (a, b) in enumerate(zip(said, right, strict=False)):
+        if (a.sample_id, a.task_dataset) != (b.sample_id, b.task_dataset):
+            raise DataError(
+                f"{_place(predictions, index)}: row {a.sample_id!r} of {a.task_dataset!r}, where"
+                f" {_place(gold, index)} has row {b.sample_id!r} of {b.task_dataset!r};"
+                " predictions keep the rows and the order of the gold file"
+            )
+    if len(said) < len(right):
+        raise DataError(
+            f"{_place(predictions, len(said) - 1)}: the file ends after {len(said)} of the {len(right)} rows of"
+            f" {gold}; predict every row"
+        )
+    if len(said) > len(right):
+        raise DataError(
+            f"{_place(predictions, len(right))}: row {said[len(right)].sample_id!r} is not in {gold}, which has"
+            f" {len(right)} rows; predictions hold the gold file's rows and no others"
+        )
+    return said, right
+
+
+def _place(file: str | Path, index: int) -> str:
+    """FILE:LINE of a row; blank lines are no rows."""
+    with Path(file).open("rb") as lines:
+        numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
+    return f"{file}:{numbers[index]}"

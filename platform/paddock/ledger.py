@@ -1,0 +1,110 @@
+"""What has been predicted: shards on disk, so that a run that was cut short computes only the rest.
+
+    OUTPUT_DIR/ledger.json                 what the predictions depend on: anything else here is refused
+    OUTPUT_DIR/shards/000007.parquet       row_index, sample_id, text, error, ... of some rows
+    OUTPUT_DIR/quarantine.jsonl            the rows that failed, with their reason
+
+A shard appears whole or not at all. Where a row stands in two, the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from paddock.errors import OutputError
+
+_TYPES = {"int": pa.int64(), "str": pa.string(), "str | None": pa.string(), "float": pa.float64()}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one row."""
+
+    row_index: int
+    sample_id: str
+    text: str
+    """What the model said, as generated; empty where it failed."""
+    finish_reason: str
+    """vLLM's: stop, length; empty where it failed."""
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    """From the first try to the answer."""
+    error: str | None
+    """Why the row is in quarantine; null where it was answered."""
+
+
+_SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Prediction)])
+
+
+class Ledger:
+    """The predictions of one test set by one model, prompt and sampling."""
+
+    def __init__(self, directory: str | Path, key: Mapping[str, Any]) -> None:
+        """Open or begin a ledger. Raises OutputError where the directory holds another one."""
+        self.directory = Path(directory)
+        self.shards = self.directory / "shards"
+        self._refuse_another(dict(key))
+        self.shards.mkdir(parents=True, exist_ok=True)
+        (self.directory / "ledger.json").write_text(_pretty(key), encoding="utf-8")
+        for partial in self.shards.glob(".*"):
+            partial.unlink()
+
+    def _refuse_another(self, key: dict[str, Any]) -> None:
+        file = self.directory / "ledger.json"
+        if not file.is_file():
+            if self.directory.is_dir() and any(self.directory.iterdir()):
+                raise OutputError(f"{self.directory}: holds files but no ledger.json; choose another output_dir")
+            return
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise OutputError(f"{file}: damaged; choose another output_dir or overwrite=true") from None
+        changed = [name for name in sorted(before.keys() | key.keys()) if before.get(name) != key.get(name)]
+        if changed:
+            raise OutputError(
+                f"{self.directory}: holds predictions of another {', '.join(changed)};"
+                " choose another output_dir or overwrite=true"
+            )
+
+    def append(self, predictions: Sequence[Prediction]) -> None:
+        """Write a shard of predictions."""
+        taken = [int(file.stem) for file in self.shards.glob("*.parquet")]
+        file = self.shards / f"{max(taken, default=-1) + 1:06d}.parquet"
+        partial = file.with_name(f".{file.name}")
+        pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema=_SCHEMA), partial)
+        partial.replace(file)
+
+    def predictions(self) -> dict[int, Prediction]:
+        """Every row that was tried, by its index."""
+        found: dict[int, Prediction] = {}
+        for file in sorted(self.shards.glob("*.parquet")):
+            for record in pq.read_table(file).to_pylist():
+                found[record["row_index"]] = Prediction(**record)
+        return found
+
+    def pending(self, rows: int, *, retry_quarantined: bool = False) -> list[int]:
+        """The indices that are still to be predicted."""
+        found = self.predictions()
+        return [i for i in range(rows) if i not in found or (retry_quarantined and found[i].error is not None)]
+
+    def write_quarantine(self) -> int:
+        """Write `quarantine.jsonl`, in the order of the rows, and return the number of rows in it."""
+        failed = [p for _, p in sorted(self.predictions().items()) if p.error is not None]
+        lines = (
+            json.dumps({"sample_id": p.sample_id, "row_index": p.row_index, "error": p.error}, ensure_ascii=False)
+            for p in failed
+        )
+        (self.directory / "quarantine.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return len(failed)
+
+
+def _pretty(key: Mapping[str, Any]) -> str:
+    return json.dumps(dict(key), ensure_ascii=False, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,202 @@
+"""Everything in one run: what `make demo` does, stage by stage, with the time that each takes.
+
+    assets -> base -> train -> merge -> serve + predict + HTTP (tuned) -> serve + predict (base) -> score
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from ray import serve
+
+from paddock import cluster, manifest, prompts, service
+from paddock.config import DemoConfig, MergeConfig, PredictConfig
+from paddock.data import Row, read_rows
+from paddock.demo.prepare import ensure
+from paddock.ledger import Ledger
+from paddock.merge import merge
+from paddock.predict import ledger_key, predict, read_test
+from paddock.report import Run, write_report
+from paddock.scoring import parse_predictions, profile_of, score
+from paddock.train import check, train
+
+_HOST = "127.0.0.1"
+
+
+@dataclass
+class Summary:
+    """What `summary.json` says."""
+
+    rows: int = 0
+    predicted: int = 0
+    quarantined: int = 0
+    base_score: float | None = None
+    """Of 100: the model before tuning, served alike. Null where the test rows have no gold."""
+    tuned_score: float | None = None
+    checkpoint: str = ""
+    served_equals_handle: bool = False
+    """Whether `/generate` and `/v1/completions` gave the very texts that the handle gave."""
+    merged_vs_adapter: dict[str, float] = field(default_factory=dict)
+    """The checkpoint on its base, by PEFT, against the model merged from both."""
+    report: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tell that a stage begins, and keep how long it took."""
+        print(f"\n== {name}", flush=True)
+        begun = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - begun, 1)
+
+
+def run(config: DemoConfig) -> Summary:
+    """Train, merge, serve, predict and score; write `summary.json` and `report.html` into `output_dir`."""
+    output = Path(config.output_dir)
+    summary = Summary(report=str(output / "report.html"))
+    with summary.stage("assets"):
+        ensure(config)
+        check(config)
+        gold = _gold(config)
+    started = cluster.connect()
+    try:
+        with summary.stage("train"):
+            summary.checkpoint = str(train(config))
+        with summary.stage("merge"):
+            tuned = merge(_tuned(config, summary.checkpoint))
+            proof = manifest.check(tuned, "model").extra["merged_vs_adapter"]
+            summary.merged_vs_adapter = {name: proof[name] for name in ("max_abs_logit_diff", "top1_agreement")}
+        runs = [_predict(config, "tuned", str(tuned), gold, summary)]
+        if gold:
+            runs.insert(0, _predict(config, "base", config.model.path, gold, summary))
+    finally:
+        if started:
+            serve.shutdown()
+        cluster.disconnect(started)
+    with summary.stage("report"):
+        write_report(
+            summary.report, f"Paddock: {output.name}", runs, gold, provenance=_provenance(config, tuned), seconds=summary.seconds
+        )
+    if gold:
+        base_scores, tuned_scores = (run.scores for run in runs)
+        summary.base_score = base_scores.overall if base_scores else None
+        summary.tuned_score = tuned_scores.overall if tuned_scores else None
+    (output / "summary.json").write_text(json.dumps(asdict(summary), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    print(_table(summary, output), flush=True)
+    return summary
+
+
+def _gold(config: DemoConfig) -> list[Row]:
+    """The test rows with their targets, which only scoring reads; none where they have none."""
+    read_test(_predict_config(config, "tuned", config.model.path))
+    rows = read_rows(config.data.test or "", config.data.format, unique_ids=True)
+    return rows if all(row.target for row in rows) else []
+
+
+def _tuned(config: DemoConfig, checkpoint: str) -> MergeConfig:
+    return MergeConfig(
+        base_model=config.model.path, lora_model=(checkpoint,), output_dir=f"{config.output_dir}/models/tuned"
+    )
+
+
+def _predict_config(config: DemoConfig, name: str, model: str) -> PredictConfig:
+    return PredictConfig(
+        data=config.data,
+        prompt=config.prompt,
+        model=config.model.model_copy(update={"path": model}),
+        serve=config.serve,
+        predict=config.predict,
+        output_dir=f"{config.output_dir}/predictions/{name}",
+    )
+
+
+def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], summary: Summary) -> Run:
+    """Serve a model, predict the test rows through its handle, and some of them over HTTP."""
+    predicting = _predict_config(config, name, model)
+    with socket.socket() as free:
+        free.bind((_HOST, 0))
+        port = free.getsockname()[1]
+    with summary.stage(f"serve {name}"):
+        service.start(predicting.service(), http_options={"host": _HOST, "port": port})
+    with summary.stage(f"predict {name}"):
+        directory = predict(predicting)
+    rows = read_test(predicting)
+    predictions = Ledger(directory, ledger_key(predicting, rows)).predictions()
+    texts = [prompts.answer(predictions[i].text) for i in range(len(rows))]
+    if name == "tuned":
+        summary.rows = len(rows)
+        summary.quarantined = sum(p.error is not None for p in predictions.values())
+        summary.predicted = summary.rows - summary.quarantined
+        with summary.stage("http"):
+            asked = list(zip(rows, texts, strict=True))[: config.http_rows]
+            summary.served_equals_handle = _same_over_http(predicting, f"http://{_HOST}:{port}", asked)
+    # The port is the proxy's, and the next model gets the cores: Serve goes, and comes again.
+    serve.shutdown()
+    said = [replace(row, target=text) for row, text in zip(rows, texts, strict=True)]
+    profile = profile_of(rows)
+    parsed = parse_predictions(said, profile)
+    return Run(name, said, parsed, score(parsed.results, gold, profile) if gold else None)
+
+
+def _same_over_http(config: PredictConfig, url: str, asked: list[tuple[Row, str]]) -> bool:
+    """Ask `/generate` and `/v1/completions` for some rows; whether both said what the handle said."""
+    template = prompts.load_template(config.prompt.template)
+    greedy: dict[str, Any] = {"temperature": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    sampling = config.predict.sampling.model_dump(exclude={"preset"})
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    same = True
+    for row, text in asked:
+        body = {"instruction": row.instruction, "input": row.input, "parameters": {**greedy, **sampling}}
+        answer = httpx.post(f"{url}/generate", json=body, timeout=300).raise_for_status().json()["generated_text"]
+        completion = client.completions.create(model=model, prompt=template.render(row), **{**greedy, **sampling})
+        completed = prompts.answer(completion.choices[0].text)
+        print(f"{row.sample_id} ({row.task_dataset}): {text[:60]!r}", flush=True)
+        if not answer == completed == text:
+            print(f"  differs: /generate {answer[:60]!r}, /v1/completions {completed[:60]!r}", flush=True)
+            same = False
+    return same
+
+
+def _provenance(config: DemoConfig, tuned: Path) -> dict[str, object]:
+    merged = manifest.check(tuned, "model")
+    return {
+        "created by": merged.created_by,
+        "model": merged.hash,
+        "training rows": config.data.train,
+        "test rows": config.data.test,
+        **{f"made from {name}": value for name, value in merged.inputs.items()},
+    }
+
+
+def _table(summary: Summary, output: Path) -> str:
+    """The last thing that a user reads: scores and times."""
+
+    def points(value: float | None) -> str:
+        return "no gold" if value is None else f"{value:.2f}"
+
+    lines = [
+        "",
+        f"rows              {summary.rows} ({summary.predicted} predicted, {summary.quarantined} in quarantine)",
+        f"base score        {points(summary.base_score)}",
+        f"tuned score       {points(summary.tuned_score)}",
+        f"HTTP = handle     {'yes' if summary.served_equals_handle else 'NO'}",
+        f"merged = adapter  top-1 {summary.merged_vs_adapter['top1_agreement']:.4f},"
+        f" max logit difference {summary.merged_vs_adapter['max_abs_logit_diff']:.2g}",
+        "",
+        *(f"{name:<18}{seconds:>7.1f} s" for name, seconds in summary.seconds.items()),
+        f"{'total':<18}{sum(summary.seconds.values()):>7.1f} s",
+        "",
+        f"report   {summary.report}",
+        f"summary  {output / 'summary.json'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Find or start the Serve application that answers with a model.
+
+An application is named as Serve names it, `module:attribute`, so that what predicts does not depend on
+what serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import serve
+from ray._common.utils import import_attr
+from ray.serve.schema import ApplicationStatus
+
+from paddock import cluster, manifest
+from paddock.config import ServeConfig
+from paddock.errors import ServiceError
+
+IMPORT_PATH = "deployments:app"
+
+
+@contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """The name of an application that serves this very model: a running one, or one started for the time."""
+    found = find(config)
+    if found is not None:
+        print(f"using the running service {found!r}", flush=True)
+        yield found
+        return
+    name = f"predict-{manifest.fingerprint(config.model)[:8]}"
+    start(config, name, route_prefix=None)
+    try:
+        yield name
+    finally:
+        serve.delete(name)
+
+
+def find(config: ServeConfig) -> str | None:
+    """A running application whose model has the same content, or None."""
+    wanted = manifest.fingerprint(config.model)
+    for name, app in serve.status().applications.items():
+        if app.status == ApplicationStatus.RUNNING and "LLM" in app.deployments:
+            about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
+            if about["model_hash"] == wanted:
+                return name
+    return None
+
+
+def start(
+    config: ServeConfig,
+    name: str = "default",
+    *,
+    route_prefix: str | None = "/",
+    http_options: dict[str, Any] | None = None,
+) -> None:
+    """Start an application and wait until its first replica answers.
+
+    Raises ResourceError where the cluster has no room for a replica, ServiceError where it does not come
+    up within `startup_timeout_s`.
+    """
+    app = import_attr(IMPORT_PATH)(config.model_dump())
+    options = config.ray_actor_options
+    cluster.require([{"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}], "a replica")
+    serve.start(http_options=http_options or {"host": "127.0.0.1"})
+    serve.run_many(
+        [serve.RunTarget(app, name=name, route_prefix=route_prefix)], wait_for_applications_running=False
+    )
+    begun = time.monotonic()
+    while True:
+        status = serve.status().applications[name]
+        if status.status == ApplicationStatus.RUNNING:
+            return
+        deployments = "; ".join(f"{n}: {d.message}" for n, d in status.deployments.items() if d.message)
+        late = time.monotonic() - begun > config.startup_timeout_s
+        if status.status == ApplicationStatus.DEPLOY_FAILED or late:
+            why = f"not ready after {config.startup_timeout_s:g} s" if late else "failed to start"
+            serve.delete(name)
+            raise ServiceError(f"the service for {config.model} {why}: {' '.join((deployments or status.message).split())}")
+        time.sleep(0.5)

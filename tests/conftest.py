@@ -1,0 +1,117 @@
+"""One tiny model and one Ray for the whole session; nothing reaches for a network."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports Ray, torch or transformers.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from paddock.config import MergeConfig
+from paddock.demo import make_assets
+from paddock.merge import merge
+
+ROOT = Path(__file__).parent.parent
+DEMO_CONFIG = ROOT / "jobs" / "configs" / "demo.yaml"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded default: base/, base_meta/, adapters/, data/."""
+    directory = tmp_path_factory.mktemp("assets")
+    make_assets(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def base_model(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base: the tiny LLaMA with both adapters merged in."""
+    adapters = tuple(str(assets / "adapters" / name) for name in ("zh-llama", "zh-alpaca"))
+    place = tmp_path_factory.mktemp("models") / "base"
+    return merge(MergeConfig(base_model=str(assets / "base"), lora_model=adapters, output_dir=str(place)))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The session's Ray, started as `ray start --head` does, so that jobs can be submitted to it."""
+
+    address: str
+    dashboard: str
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Cluster]:
+    """One Ray for all tests: two CPUs, a dashboard for `ray job submit`, this repository importable."""
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}},
+    )
+    yield Cluster(context.address_info["address"], f"http://{context.dashboard_url}")
+    ray.shutdown()
+
+
+@pytest.fixture
+def demo_tree() -> dict[str, Any]:
+    """jobs/configs/demo.yaml as plain values."""
+    tree: dict[str, Any] = yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
+    return tree
+
+
+def run_job(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m ...` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **env},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def job() -> Any:
+    """`job("jobs.train", "key=value")`: a job in a process of its own."""
+    return run_job
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Any:
+    """A directory's copy, to damage."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / f"copy-of-{directory.name}"))
+
+    return copy

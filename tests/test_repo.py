@@ -1,0 +1,186 @@
+"""The layout that everything else relies on."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from paddock.config import ServeConfig, TrainConfig, build, load
+
+# What a module of the package may import from it, directly: an arrow points from the imported to the importer.
+LEAVES = {"errors", "config", "config_parts", "manifest"}
+NEVER = {
+    "data": {"prompts", "packing", "lora", "train", "engine", "predict", "scoring"},
+    "prompts": {"packing", "lora", "train", "engine", "predict", "scoring"},
+    "packing": {"lora", "train", "engine", "predict", "merge", "scoring"},
+    "lora": {"packing", "train", "engine", "predict", "merge", "scoring"},
+    "merge": {"train", "engine", "predict", "scoring", "packing"},
+    "convert": {"train", "engine", "predict", "scoring", "packing"},
+    "engine": {"train", "predict", "merge", "scoring", "packing", "ledger"},
+    "ledger": {"predict", "submission", "train", "engine", "scoring"},
+    "train": {"predict", "engine", "merge", "scoring", "service"},
+    "tasks": {"scoring", "report", "engine", "train", "predict", "lora", "merge"},
+    "scoring": {"report", "engine", "train", "predict", "lora", "merge", "submission"},
+    "report": {"engine", "train", "predict", "lora", "merge"},
+}
+
+
+def _files(root: Path, *folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((root / folder).rglob("*.py"))]
+
+
+def _imports(file: Path) -> set[str]:
+    """The dotted names of all that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _package_modules(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in _imports(file) if name.startswith("paddock.")} - {"__version__"}
+
+
+def test_platform_stays_the_standard_librarys(root: Path) -> None:
+    assert not (root / "platform" / "__init__.py").exists()
+    assert [p.name for p in (root / "platform").iterdir() if p.name != "__pycache__"] == ["paddock"]
+    assert "paddock" not in (platform.__file__ or "")
+    code = "import platform, ray; print(platform.system())"
+    for arguments in (["-c", code], ["-m", "platform"]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=root, env={"PYTHONPATH": "platform:."}, capture_output=True, text=True, check=True
+        )
+        assert platform.system() in done.stdout
+
+
+def test_no_module_is_named_after_a_standard_one(root: Path) -> None:
+    names = {file.stem for file in _files(root, "platform", "jobs", "deployments")} - {"__init__"}
+    assert names.isdisjoint(sys.stdlib_module_names)
+
+
+def test_no_file_passes_400_lines_and_none_is_called_utils(root: Path) -> None:
+    for file in _files(root, "platform", "jobs", "deployments", "tests"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+        assert file.stem != "utils", file
+
+
+def test_imports_point_the_way_the_design_draws_them(root: Path) -> None:
+    package = root / "platform" / "paddock"
+    for file in _files(root, "platform"):
+        module = file.relative_to(package).parts[0].removesuffix(".py")
+        imported = _package_modules(file)
+        assert imported.isdisjoint(NEVER.get(module, set())), f"{file} imports {imported & NEVER[module]}"
+        if module in LEAVES:
+            assert imported <= LEAVES, f"{file} is a leaf and imports {imported - LEAVES}"
+
+
+def test_the_package_imports_neither_jobs_nor_deployments_and_they_not_each_other(root: Path) -> None:
+    for folder, others in (
+        ("platform", {"jobs", "deployments"}),
+        ("jobs", {"deployments"}),
+        ("deployments", {"jobs"}),
+    ):
+        for file in _files(root, folder):
+            assert {name.split(".")[0] for name in _imports(file)}.isdisjoint(others), file
+
+
+def test_one_place_knows_vllm(root: Path) -> None:
+    knows = {f.name for f in _files(root, "platform", "jobs", "deployments") if "vllm" in {n.split(".")[0] for n in _imports(f)}}
+    assert knows == {"engine.py"}
+
+
+def test_ray_stays_at_the_edges(root: Path) -> None:
+    plain = {"config", "config_parts", "errors", "manifest", "data", "prompts", "packing", "lora", "convert"}
+    plain |= {"checkpoint", "ledger", "tasks", "scoring", "report", "submission", "engine", "adapters"}
+    package = root / "platform" / "paddock"
+    for file in _files(root, "platform"):
+        if file.relative_to(package).parts[0].removesuffix(".py") in plain:
+            assert "ray" not in {name.split(".")[0] for name in _imports(file)}, file
+
+
+def test_weights_are_never_unpickled_and_text_never_evaluated(root: Path) -> None:
+    for file in _files(root, "platform", "jobs", "deployments"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads"), f"{file}:{node.lineno}"
+            if name == "torch.load":
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("weights_only") == "True", f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "llama-7b.yaml"])
+def test_every_training_config_loads(root: Path, name: str) -> None:
+    assert load(TrainConfig, root / "jobs" / "configs" / name).train.max_steps > 0
+
+
+def test_every_config_is_named_in_a_test(root: Path) -> None:
+    assert {file.name for file in (root / "jobs" / "configs").iterdir()} == {"demo.yaml", "llama-7b.yaml"}
+
+
+def test_serve_yaml_loads_in_serves_own_schema(root: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    tree = yaml.safe_load((root / "deployments" / "serve.yaml").read_text(encoding="utf-8"))
+    schema = ServeDeploySchema.model_validate(tree)
+    assert schema.http_options.host == "127.0.0.1"
+    for application in schema.applications:
+        assert application.import_path == "deployments:app"
+        assert build(ServeConfig, dict(application.args))
+
+
+def test_runtime_env_loads_in_rays_own_validator(root: Path) -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    tree = yaml.safe_load((root / "jobs" / "runtime_env.yaml").read_text(encoding="utf-8"))
+    assert "platform" in RuntimeEnv(**tree)["env_vars"]["PYTHONPATH"].split(":")
+
+
+def _prepared_cluster(tree: dict[str, object]) -> dict[str, object]:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: dict[str, object] = prepare_config(tree)
+    validate_config(prepared)
+    return prepared
+
+
+def test_cluster_yaml_is_valid_by_rays_own_check(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)  # file_mounts are relative to it
+    text = (root / "cluster.yaml").read_text(encoding="utf-8")
+    prepared = _prepared_cluster(yaml.safe_load(text))
+    types = prepared["available_node_types"]
+    assert isinstance(types, dict)
+    assert types["head"]["resources"].get("GPU", 0) == 0
+    assert types["gpu_worker"]["resources"]["GPU"] > 0
+    assert types["gpu_worker"]["min_workers"] == 0 < types["gpu_worker"]["max_workers"]
+    for source in prepared["file_mounts"].values():  # type: ignore[attr-defined]
+        assert Path(source).exists()
+
+
+@pytest.mark.parametrize("line", ["max_workers: 4  ", "idle_timeout_minutes", "head_node_type", "    resources: {CPU: 8"])
+def test_a_misspelt_key_in_cluster_yaml_fails_it(root: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.chdir(root)
+    text = (root / "cluster.yaml").read_text(encoding="utf-8")
+    assert line in text
+    key = line.strip().split(":")[0]
+    with pytest.raises(Exception, match=r"(?s)."):
+        _prepared_cluster(yaml.safe_load(text.replace(line, line.replace(key, f"{key}x"), 1)))
+
+
+def test_the_commands_in_readme_and_headers_exist(root: Path) -> None:
+    """Each `python -m jobs.x` names a job, each key given to it one of its keys."""
+    texts = [root / "README.md", root / "cluster.yaml", *(root / "jobs").rglob("*.yaml"), *(root / "jobs").glob("*.py")]
+    for text in texts:
+        for name in re.findall(r"python -m jobs\.(\w+)", text.read_text(encoding="utf-8")):
+            assert (root / "jobs" / f"{name}.py").is_file(), f"{text}: jobs.{name}"
