@@ -34,7 +34,9 @@ def test_a_mistake_is_one_line(override: str, says: str) -> None:
 
 
 def test_a_misspelt_key_comes_before_the_key_that_it_should_have_been() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.pth: unknown key; did you mean 'path'\?; .*model\.path: is required"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.pth: unknown key; did you mean 'path'\?; .*model\.path: is required"
+    ):
         load(TrainConfig, None, ["output_dir=run", "model.pth=base"])
 
 
@@ -105,7 +107,8 @@ def test_how_and_where_are_not_hashed(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.learning_rate=1", "lora.r=2", "lora.use_dora=true", "data.format=alpaca", "prompt.template=alpaca"]
+    "override",
+    ["train.learning_rate=1", "lora.r=2", "lora.use_dora=true", "data.format=alpaca", "prompt.template=alpaca"],
 )
 def test_what_changes_the_result_is_hashed(override: str) -> None:
     assert load(TrainConfig, None, NEEDED).hashed() != load(TrainConfig, None, [*NEEDED, override]).hashed()

@@ -95,9 +95,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "roles", [["assistant"], ["user", "user"], ["user", "assistant", "user"], ["system"], []]
-)
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "assistant", "user"], ["system"], []])
 def test_messages_of_another_shape_are_refused(tmp_path: Path, roles: list[str]) -> None:
     file = _file(tmp_path, {"messages": [{"role": role, "content": "x"} for role in roles]})
     with pytest.raises(DataError, match="one turn is read"):

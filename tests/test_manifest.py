@@ -60,9 +60,13 @@ def test_other_work_in_the_same_place_is_refused(tmp_path: Path, changes: dict[s
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), manifest.stage(tmp_path / "m", kind="model", config={}, inputs={}) as work:
-        (work.directory / "a").write_text("x")
-        raise RuntimeError
+    def fail() -> None:
+        with manifest.stage(tmp_path / "m", kind="model", config={}, inputs={}) as work:
+            (work.directory / "a").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,7 +27,9 @@ def rows(assets: Path) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def packed(tokenizer: Any, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, packing.PackingReport]:
+def packed(
+    tokenizer: Any, rows: list[Row], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, packing.PackingReport]:
     file = tmp_path_factory.mktemp("packed") / "dev.parquet"
     return file, packing.pack(tokenizer, TEMPLATE, rows, 1024, file)
 

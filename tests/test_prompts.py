@@ -80,7 +80,7 @@ def test_a_template_file(tmp_path: Path) -> None:
     assert template.render(Row(input="x")) == "Q: x\nA:\n"
     assert not template.takes_instruction
     file.write_text("no slot", encoding="utf-8")
-    with pytest.raises(ConfigError, match="no {input} slot"):
+    with pytest.raises(ConfigError, match=r"no \{input\} slot"):
         prompts.load_template(str(file))
     with pytest.raises(ConfigError, match="neither a file nor one of promptcblue, alpaca"):
         prompts.load_template("promptcblu")

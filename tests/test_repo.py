@@ -58,7 +58,12 @@ def test_platform_stays_the_standard_librarys(root: Path) -> None:
     code = "import platform, ray; print(platform.system())"
     for arguments in (["-c", code], ["-m", "platform"]):
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=root, env={"PYTHONPATH": "platform:."}, capture_output=True, text=True, check=True
+            [sys.executable, *arguments],
+            cwd=root,
+            env={"PYTHONPATH": "platform:."},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert platform.system() in done.stdout
 
@@ -95,7 +100,11 @@ def test_the_package_imports_neither_jobs_nor_deployments_and_they_not_each_othe
 
 
 def test_one_place_knows_vllm(root: Path) -> None:
-    knows = {f.name for f in _files(root, "platform", "jobs", "deployments") if "vllm" in {n.split(".")[0] for n in _imports(f)}}
+    knows = {
+        f.name
+        for f in _files(root, "platform", "jobs", "deployments")
+        if "vllm" in {n.split(".")[0] for n in _imports(f)}
+    }
     assert knows == {"engine.py"}
 
 
@@ -168,7 +177,9 @@ def test_cluster_yaml_is_valid_by_rays_own_check(root: Path, monkeypatch: pytest
         assert Path(source).exists()
 
 
-@pytest.mark.parametrize("line", ["max_workers: 4  ", "idle_timeout_minutes", "head_node_type", "    resources: {CPU: 8"])
+@pytest.mark.parametrize(
+    "line", ["max_workers: 4  ", "idle_timeout_minutes", "head_node_type", "    resources: {CPU: 8"]
+)
 def test_a_misspelt_key_in_cluster_yaml_fails_it(root: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.chdir(root)
     text = (root / "cluster.yaml").read_text(encoding="utf-8")

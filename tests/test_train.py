@@ -116,7 +116,6 @@ class TestRefusals:
         self._refused(tree, ResourceError, "training needs 1 GPU, the cluster has 0")
 
 
-
 def test_two_workers_train_stop_and_go_on_exactly(
     tree: dict[str, Any], ray_cluster: Any, base_model: Path, copy_of: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

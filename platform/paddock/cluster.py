@@ -25,6 +25,7 @@ def connect() -> bool:
         return False
     # Usage statistics are the user's to send, and a laptop without a network waits for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # Ray Train's controller looks after its workers every 2 s by default; so long takes each report.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Its patched print shows every line of a worker twice.
@@ -74,4 +75,4 @@ def has_gpus() -> bool:
 def _joined() -> bool:
     """Whether this driver's Ray was there before it: only a Ray of its own dies with its driver."""
     node = ray._private.worker._global_node
-    return node is None or not node.is_head()
+    return not (node is not None and bool(node.is_head()))

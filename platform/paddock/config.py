@@ -200,9 +200,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ConfigError(
-            f"--config {file}: no such file; jobs/configs/ holds the ones that come with Paddock"
-        )
+        raise ConfigError(f"--config {file}: no such file; jobs/configs/ holds the ones that come with Paddock")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -20,7 +20,17 @@ from transformers import LlamaConfig
 from paddock import manifest
 from paddock.config import ConvertConfig
 from paddock.errors import ModelError
-from paddock.meta_llama import EMBEDDING, HEAD, Params, is_buffer, params_json, permute, read_params, unpermute
+from paddock.meta_llama import (
+    EMBEDDING,
+    HEAD,
+    Params,
+    is_buffer,
+    llama_config,
+    params_json,
+    permute,
+    read_params,
+    unpermute,
+)
 from paddock.weights import (
     TensorInfo,
     Weights,
@@ -118,7 +128,7 @@ def write_huggingface(
         or (2048 if dtype == torch.float16 else 4096)
     )
     special = _write_tokenizer(tokenizer, target, params, positions)
-    write_object(target / "config.json", _llama_config(params, positions, dtype, special, tied=tied))
+    write_object(target / "config.json", llama_config(params, positions, dtype, special, tied=tied))
     write_object(target / "generation_config.json", {"do_sample": False, **special})
     (target / "README.md").write_text(
         f"# {source.name}\n\nLLaMA weights, converted from Meta's layout. `manifest.json` holds their hashes.\n",
@@ -278,31 +288,3 @@ def _write_tokenizer(file: Path | None, target: Path, params: Params, positions:
     }
     write_object(target / "tokenizer_config.json", {**about, **tokens})
     return {"bos_token_id": bos, "eos_token_id": eos}
-
-
-def _llama_config(
-    params: Params, positions: int, dtype: torch.dtype, special: dict[str, int], *, tied: bool
-) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": params.dim // params.n_heads,
-        "hidden_act": "silu",
-        "hidden_size": params.dim,
-        "initializer_range": 0.02,
-        "intermediate_size": params.ffn_dim,
-        "max_position_embeddings": positions,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": params.n_heads,
-        "num_hidden_layers": params.n_layers,
-        "num_key_value_heads": params.n_kv_heads,
-        "rms_norm_eps": params.norm_eps,
-        "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": tied,
-        "use_cache": True,
-        "vocab_size": params.vocab_size,
-        **special,
-    }

@@ -81,9 +81,7 @@ def read_rows(
             if not row.input.strip() and not row.instruction.strip():
                 raise DataError(f"{where}: the input is empty; every row needs a text to answer")
             if require_target and not row.target.strip():
-                raise DataError(
-                    f"{where}: the target is missing or empty; training data needs an answer in every row"
-                )
+                raise DataError(f"{where}: the target is missing or empty; training data needs an answer in every row")
             if unique_ids and row.sample_id in seen:
                 raise DataError(
                     f"{where}: sample_id {row.sample_id!r} stands already in line {seen[row.sample_id]};"
@@ -119,9 +117,7 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); each line is one JSON object") from None
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a JSON {type(record).__name__}, not an object; each line is one JSON object"
-        )
+        raise DataError(f"{where}: a JSON {type(record).__name__}, not an object; each line is one JSON object")
     return record
 
 
@@ -167,12 +163,8 @@ def _parse_alpaca(record: dict[str, Any], where: str, number: int) -> Row:
 def _parse_messages(record: dict[str, Any], where: str, number: int) -> Row:
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(
-            f"{where}: the row has no list of 'messages' (found {', '.join(record) or 'no keys'})"
-        )
-    said = [
-        (_text(m, "role", where, required=True), _text(m, "content", where, required=True)) for m in messages
-    ]
+        raise DataError(f"{where}: the row has no list of 'messages' (found {', '.join(record) or 'no keys'})")
+    said = [(_text(m, "role", where, required=True), _text(m, "content", where, required=True)) for m in messages]
     roles = [role for role, _ in said]
     if roles not in (["user"], ["user", "assistant"], ["system", "user"], ["system", "user", "assistant"]):
         raise DataError(

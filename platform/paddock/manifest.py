@@ -72,9 +72,7 @@ def read(directory: str | Path) -> Manifest | None:
         known = {name: record.pop(name) for name in _FIELDS}
         known["files"] = {str(path): FileEntry(**entry) for path, entry in known["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{file}: not a manifest ({error!r}); remove the directory and make it again"
-        ) from None
+        raise OutputError(f"{file}: not a manifest ({error!r}); remove the directory and make it again") from None
     return Manifest(**known, extra=record)
 
 
@@ -91,9 +89,7 @@ def check(directory: str | Path, kind: str | None = None) -> Manifest:
         size = file.stat().st_size if file.is_file() else None
         if size != entry.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise OutputError(
-                f"{file}: {found}, the manifest says {entry.bytes} bytes; make the directory again"
-            )
+            raise OutputError(f"{file}: {found}, the manifest says {entry.bytes} bytes; make the directory again")
     return manifest
 
 
@@ -232,9 +228,7 @@ def locked(place: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise OutputError(
-            f"{place}: another run is writing here; wait for it or choose another output_dir"
-        ) from None
+        raise OutputError(f"{place}: another run is writing here; wait for it or choose another output_dir") from None
     try:
         yield
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from paddock.config import MergeConfig
 from paddock.convert import write_meta
 from paddock.errors import ModelError
 from paddock.lora import TOKENIZER_FILES
-from paddock.merge_operations import OutputTensor, compute
+from paddock.merge_operations import OutputTensor, write_merged_shard
 from paddock.merge_plan import Plan, make_plan
 from paddock.proof import check_memory, prove
-from paddock.weights import Weights, plan_shards, read_object, write_index, write_object, write_shard
+from paddock.weights import plan_shards, read_object, write_index, write_object
 
 # What a file says about the machine it was made on.
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file")
@@ -84,23 +83,6 @@ def plan_text(config: MergeConfig) -> str:
     for file, names in shards.items():
         lines += [f"{file}:", *(f"  {plan.outputs[name]}" for name in names)]
     return "\n".join(lines)
-
-
-def write_merged_shard(file: Path, outputs: Sequence[OutputTensor], sources: Sequence[Weights]) -> dict[str, float]:
-    """Compute and write one shard; return the norm of what was added to each tensor (see `Computed`)."""
-    by_name = {output.name: output for output in outputs}
-    norms: dict[str, float] = {}
-
-    def tensor_of(name: str) -> torch.Tensor:
-        computed = compute(by_name[name], sources)
-        if computed.delta_norm is not None:
-            norms[name] = float(f"{computed.delta_norm:.6g}")
-            if not torch.isfinite(computed.tensor).all():
-                raise ModelError(f"tensor {name}: the merge makes infinite or undefined values; is an adapter damaged?")
-        return computed.tensor
-
-    write_shard(file, {name: output.info for name, output in by_name.items()}, tensor_of)
-    return norms
 
 
 def _plan(config: MergeConfig) -> Plan:

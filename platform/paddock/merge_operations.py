@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from paddock.weights import TensorInfo, Weights
+from paddock.errors import ModelError
+from paddock.weights import TensorInfo, Weights, write_shard
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,23 @@ def compute(output: OutputTensor, sources: Sequence[Weights]) -> Computed:
         weight = operation.apply(weight, sources)
     merged = weight.to(output.info.dtype)
     return Computed(merged, _distance(merged, base))
+
+
+def write_merged_shard(file: Path, outputs: Sequence[OutputTensor], sources: Sequence[Weights]) -> dict[str, float]:
+    """Compute and write one shard; return the norm of what was added to each tensor (see `Computed`)."""
+    by_name = {output.name: output for output in outputs}
+    norms: dict[str, float] = {}
+
+    def tensor_of(name: str) -> torch.Tensor:
+        computed = compute(by_name[name], sources)
+        if computed.delta_norm is not None:
+            norms[name] = float(f"{computed.delta_norm:.6g}")
+            if not torch.isfinite(computed.tensor).all():
+                raise ModelError(f"tensor {name}: the merge makes infinite or undefined values; is an adapter damaged?")
+        return computed.tensor
+
+    write_shard(file, {name: output.info for name, output in by_name.items()}, tensor_of)
+    return norms
 
 
 def _distance(merged: torch.Tensor, base: torch.Tensor) -> float:

@@ -167,6 +167,35 @@ def params_json(params: Params) -> dict[str, Any]:
     return values | {"vocab_size": params.vocab_size}
 
 
+def llama_config(
+    params: Params, positions: int, dtype: torch.dtype, special: dict[str, int], *, tied: bool
+) -> dict[str, Any]:
+    """Hugging Face's `config.json`. special: the tokenizer's bos_token_id and eos_token_id."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": params.dim // params.n_heads,
+        "hidden_act": "silu",
+        "hidden_size": params.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": params.ffn_dim,
+        "max_position_embeddings": positions,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": params.n_heads,
+        "num_hidden_layers": params.n_layers,
+        "num_key_value_heads": params.n_kv_heads,
+        "rms_norm_eps": params.norm_eps,
+        "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": params.vocab_size,
+        **special,
+    }
+
+
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Meta's rows of wq or wk, (heads * head_dim, dim), in Hugging Face's order."""
     rows, columns = weight.shape

@@ -1,6 +1,6 @@
 """Everything in one run: what `make demo` does, stage by stage, with the time that each takes.
 
-    assets -> base -> train -> merge -> serve + predict + HTTP (tuned) -> serve + predict (base) -> score
+assets -> base -> train -> merge -> serve + predict + HTTP (tuned) -> serve + predict (base) -> score
 """
 
 from __future__ import annotations
@@ -75,22 +75,30 @@ def run(config: DemoConfig) -> Summary:
             tuned = merge(_tuned(config, summary.checkpoint))
             proof = manifest.check(tuned, "model").extra["merged_vs_adapter"]
             summary.merged_vs_adapter = {name: proof[name] for name in ("max_abs_logit_diff", "top1_agreement")}
-        runs = [_predict(config, "tuned", str(tuned), gold, summary)]
+        http = {"host": _HOST, "port": _free_port()}
+        runs = [_predict(config, "tuned", str(tuned), gold, http, summary)]
         if gold:
-            runs.insert(0, _predict(config, "base", config.model.path, gold, summary))
+            runs.insert(0, _predict(config, "base", config.model.path, gold, http, summary))
     finally:
         if started:
             serve.shutdown()
         cluster.disconnect(started)
     with summary.stage("report"):
         write_report(
-            summary.report, f"Paddock: {output.name}", runs, gold, provenance=_provenance(config, tuned), seconds=summary.seconds
+            summary.report,
+            f"Paddock: {output.name}",
+            runs,
+            gold,
+            provenance=_provenance(config, tuned),
+            seconds=summary.seconds,
         )
     if gold:
         base_scores, tuned_scores = (run.scores for run in runs)
         summary.base_score = base_scores.overall if base_scores else None
         summary.tuned_score = tuned_scores.overall if tuned_scores else None
-    (output / "summary.json").write_text(json.dumps(asdict(summary), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (output / "summary.json").write_text(
+        json.dumps(asdict(summary), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
     print(_table(summary, output), flush=True)
     return summary
 
@@ -119,14 +127,17 @@ def _predict_config(config: DemoConfig, name: str, model: str) -> PredictConfig:
     )
 
 
-def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], summary: Summary) -> Run:
-    """Serve a model, predict the test rows through its handle, and some of them over HTTP."""
-    predicting = _predict_config(config, name, model)
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind((_HOST, 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], http: dict[str, Any], summary: Summary) -> Run:
+    """Serve a model, predict the test rows through its handle, and some of the tuned one's over HTTP."""
+    predicting = _predict_config(config, name, model)
     with summary.stage(f"serve {name}"):
-        service.start(predicting.service(), http_options={"host": _HOST, "port": port})
+        service.start(predicting.service(), name, http_options=http)
     with summary.stage(f"predict {name}"):
         directory = predict(predicting)
     rows = read_test(predicting)
@@ -138,9 +149,8 @@ def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], summary
         summary.predicted = summary.rows - summary.quarantined
         with summary.stage("http"):
             asked = list(zip(rows, texts, strict=True))[: config.http_rows]
-            summary.served_equals_handle = _same_over_http(predicting, f"http://{_HOST}:{port}", asked)
-    # The port is the proxy's, and the next model gets the cores: Serve goes, and comes again.
-    serve.shutdown()
+            summary.served_equals_handle = _same_over_http(predicting, f"http://{_HOST}:{http['port']}", asked)
+    serve.delete(name)  # the next model gets the cores and the route
     said = [replace(row, target=text) for row, text in zip(rows, texts, strict=True)]
     profile = profile_of(rows)
     parsed = parse_predictions(said, profile)

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from paddock import cluster, engine, lora, manifest, prompts, service
 from paddock.config import PredictConfig
-from paddock.data import Row, content_hash, read_rows
+from paddock.data import Row, content_hash, read_rows, write_records
 from paddock.errors import ConfigError, PaddockError, ServiceError
 from paddock.ledger import Ledger, Prediction
 from paddock.scoring import profile_of
-from paddock.submission import write_submission
+from paddock.submission import PREDICTIONS, write_submission
 
-_ROWS_PER_BATCH = 32
+# Rows come back batch by batch; several batches are open at a time.
+_ROWS_PER_BATCH = 8
 
 
 def predict(config: PredictConfig) -> Path:
@@ -70,6 +71,8 @@ def read_test(config: PredictConfig) -> list[Row]:
     if config.data.test is None:
         raise ConfigError("data.test: is required; give the file of rows to predict as data.test=FILE")
     rows = read_rows(config.data.test, config.data.format, unique_ids=True)
+    if config.data.format == "promptcblue":
+        profile_of(rows)  # tasks that no profile has are refused now, not when all is predicted
     return [replace(row, target="") for row in rows]
 
 
@@ -87,9 +90,7 @@ def ledger_key(config: PredictConfig, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _predict_pending(
-    config: PredictConfig, rows: list[Row], pending: list[int], app_name: str, ledger: Ledger
-) -> None:
+def _predict_pending(config: PredictConfig, rows: list[Row], pending: list[int], app_name: str, ledger: Ledger) -> None:
     begun, tokens = time.monotonic(), 0
     kept: list[Prediction] = []
     with tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", desc="predict") as progress:
@@ -193,7 +194,13 @@ def _finish(config: PredictConfig, rows: list[Row], ledger: Ledger, key: dict[st
     predictions = ledger.predictions()
     quarantined = ledger.write_quarantine()
     texts = [prompts.answer(predictions[i].text) for i in range(len(rows))]
-    write_submission(ledger.directory, rows, texts, profile_of(rows))
+    if config.data.format == "promptcblue":
+        write_submission(ledger.directory, rows, texts, profile_of(rows))
+    else:
+        records = (
+            row.as_record(text) | {"instruction": row.instruction} for row, text in zip(rows, texts, strict=True)
+        )
+        write_records(ledger.directory / PREDICTIONS, list(records))
     manifest.commit(
         ledger.directory,
         "predictions",

@@ -55,9 +55,7 @@ def load_template(name: str) -> Template:
         raise ConfigError(f"prompt.template: {name!r} is neither a file nor one of {', '.join(TEMPLATES)}")
     text = Path(name).read_text(encoding="utf-8")
     if "{input}" not in text:
-        raise ConfigError(
-            f"prompt.template: {name} has no {{input}} slot, so every row would get the same prompt"
-        )
+        raise ConfigError(f"prompt.template: {name} has no {{input}} slot, so every row would get the same prompt")
     return Template(text)
 
 
@@ -69,9 +67,7 @@ def clean_input(text: str) -> str:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """BOS and the ids of a text from outside, in which no special token is recognised."""
     if tokenizer.bos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no BOS token; a LLaMA tokenizer names it in tokenizer_config.json"
-        )
+        raise ModelError("the tokenizer has no BOS token; a LLaMA tokenizer names it in tokenizer_config.json")
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [tokenizer.bos_token_id, *ids]
 

@@ -15,7 +15,7 @@ from ray import serve
 from ray._common.utils import import_attr
 from ray.serve.schema import ApplicationStatus
 
-from paddock import cluster, manifest
+from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.errors import ServiceError
 
@@ -45,7 +45,7 @@ def find(config: ServeConfig) -> str | None:
         if app.status == ApplicationStatus.RUNNING and "LLM" in app.deployments:
             about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
             if about["model_hash"] == wanted:
-                return name
+                return str(name)
     return None
 
 
@@ -58,16 +58,15 @@ def start(
 ) -> None:
     """Start an application and wait until its first replica answers.
 
-    Raises ResourceError where the cluster has no room for a replica, ServiceError where it does not come
-    up within `startup_timeout_s`.
+    Raises a PaddockError where the configuration is wrong or the cluster has no room for a replica, and
+    ServiceError where it does not come up within `startup_timeout_s`.
     """
     app = import_attr(IMPORT_PATH)(config.model_dump())
-    options = config.ray_actor_options
-    cluster.require([{"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}], "a replica")
-    serve.start(http_options=http_options or {"host": "127.0.0.1"})
-    serve.run_many(
-        [serve.RunTarget(app, name=name, route_prefix=route_prefix)], wait_for_applications_running=False
-    )
+    # A line a request is for `serve run`; here a progress bar tells the same.
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(http_options=http_options or {"host": "127.0.0.1"}, logging_config=quiet)
+    target = serve.RunTarget(app, name=name, route_prefix=route_prefix, logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
     begun = time.monotonic()
     while True:
         status = serve.status().applications[name]
@@ -78,5 +77,7 @@ def start(
         if status.status == ApplicationStatus.DEPLOY_FAILED or late:
             why = f"not ready after {config.startup_timeout_s:g} s" if late else "failed to start"
             serve.delete(name)
-            raise ServiceError(f"the service for {config.model} {why}: {' '.join((deployments or status.message).split())}")
+            raise ServiceError(
+                f"the service for {config.model} {why}: {' '.join((deployments or status.message).split())}"
+            )
         time.sleep(0.5)

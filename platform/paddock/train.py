@@ -46,9 +46,7 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """All of shape (blocks, tokens), int64; returns a float32 scalar."""
         causal_lm = self.model.get_base_model()
         # Without a mask and without a cache transformers reads the rows' borders off position_ids.
@@ -148,6 +146,7 @@ def _fit(config: TrainConfig, scaling: Any, hashed: dict[str, Any], inputs: dict
         # Ray's own records of the attempt; what counts are our checkpoints, one directory up.
         name=time.strftime("%Y%m%d-%H%M%S"),
         storage_path=str(Path(config.output_dir) / "ray_train"),
+        logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
     )
     settings = {"config": config, "hashed": hashed, "inputs": inputs}

@@ -28,8 +28,8 @@ PROJECTIONS = {
     "mlp.up_proj": ("feed_forward.w3", FFN_DIM, DIM),
     "mlp.down_proj": ("feed_forward.w2", DIM, FFN_DIM),
 }
-EMBEDDING_STD, HEAD_STD, WEIGHT_STD = 1.0, 0.06, 0.04
-ADAPTER_STD = 0.01
+EMBEDDING_STD, WEIGHT_STD, ADAPTER_STD = 0.1, 0.04, 0.01
+HEAD_SCALE = 0.6  # of the embedding
 
 
 class Draws:
@@ -48,8 +48,9 @@ class Draws:
 def base_weights(seed: int, vocab_size: int) -> Weights:
     """The base under its Hugging Face names.
 
-    A large embedding and a head that reads the embedding's own directions, as a pretrained model's nearly
-    does: rank-limited updates of the layers between them then suffice to say a token that was read.
+    The head reads the embedding's own directions, as a pretrained model's nearly does, and the embedding is
+    small enough for the attention's output to count beside it: from a standard deviation of 1, the demo's
+    training learns the form of the answers and nothing of what they say.
     """
     draws = Draws(seed, 0)
     embedding = draws.uniform(vocab_size, DIM, EMBEDDING_STD)
@@ -61,7 +62,7 @@ def base_weights(seed: int, vocab_size: int) -> Weights:
         for name, (_, rows, columns) in PROJECTIONS.items():
             weights[f"{prefix}.{name}.weight"] = draws.uniform(rows, columns, WEIGHT_STD)
     weights["model.norm.weight"] = torch.ones(DIM)
-    weights["lm_head.weight"] = embedding * HEAD_STD
+    weights["lm_head.weight"] = embedding * HEAD_SCALE
     return weights
 
 
@@ -70,7 +71,7 @@ def grown_rows(seed: int, stream: int, embedding: torch.Tensor, vocab_size: int)
     draws = Draws(seed, stream)
     new = draws.uniform(vocab_size - len(embedding), DIM, EMBEDDING_STD)
     grown = torch.cat([embedding + draws.uniform(len(embedding), DIM, ADAPTER_STD), new])
-    return grown, grown * HEAD_STD
+    return grown, grown * HEAD_SCALE
 
 
 def adapter_weights(seed: int, stream: int, embedding: torch.Tensor, head: torch.Tensor) -> Weights:

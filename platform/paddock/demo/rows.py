@@ -18,16 +18,16 @@ from paddock.data import Row
 
 ROWS_PER_TASK = {"train": 150, "dev": 6, "test": 10}
 
-SYMPTOMS = tuple("头痛 咳嗽 发热 腹泻 呕吐 皮疹 胸闷 乏力 便秘 失眠 头晕 腹痛 鼻塞 流涕 心悸 水肿".split())
-DISEASES = tuple("感冒 肺炎 胃炎 肠炎 哮喘 湿疹 贫血 鼻炎 高血压 糖尿病 胆囊炎 冠心病".split())
-DRUGS = tuple("布洛芬 阿莫西林 益生菌 氨溴索 氯雷他定 奥美拉唑 二甲双胍 硝苯地平".split())
-BODY_PARTS = tuple("头部 胸部 腹部 背部 鼻腔 咽喉 四肢 面部".split())
-EXAMINATIONS = tuple("血常规 尿常规 胸片 心电图 超声 胃镜".split())
-MANNERS = tuple("阵发性 持续性 轻度 剧烈".split())
-DURATIONS = tuple("一天 两天 三天 四天 五天 一周 两周 一个月".split())
-PEOPLE = tuple("宝宝 孩子 老人 妈妈 爸爸 病人 孕妇 学生".split())
-ASPECTS = tuple("怎么治 吃什么药 做什么检查 能自愈吗".split())
-QUALIFIERS = tuple("急性 慢性 儿童 老年".split())
+SYMPTOMS = tuple(["头痛", "咳嗽", "发热", "腹泻", "呕吐", "皮疹", "胸闷", "乏力", "便秘", "失眠", "头晕", "腹痛", "鼻塞", "流涕", "心悸", "水肿"])
+DISEASES = tuple(["感冒", "肺炎", "胃炎", "肠炎", "哮喘", "湿疹", "贫血", "鼻炎", "高血压", "糖尿病", "胆囊炎", "冠心病"])
+DRUGS = tuple(["布洛芬", "阿莫西林", "益生菌", "氨溴索", "氯雷他定", "奥美拉唑", "二甲双胍", "硝苯地平"])
+BODY_PARTS = tuple(["头部", "胸部", "腹部", "背部", "鼻腔", "咽喉", "四肢", "面部"])
+EXAMINATIONS = tuple(["血常规", "尿常规", "胸片", "心电图", "超声", "胃镜"])
+MANNERS = tuple(["阵发性", "持续性", "轻度", "剧烈"])
+DURATIONS = tuple(["一天", "两天", "三天", "四天", "五天", "一周", "两周", "一个月"])
+PEOPLE = tuple(["宝宝", "孩子", "老人", "妈妈", "爸爸", "病人", "孕妇", "学生"])
+ASPECTS = tuple(["怎么治", "吃什么药", "做什么检查", "能自愈吗"])
+QUALIFIERS = tuple(["急性", "慢性", "儿童", "老年"])
 REMEDIES = dict(zip(SYMPTOMS, DRUGS * 2, strict=True))
 CHECKS = dict(zip(SYMPTOMS, (EXAMINATIONS * 3)[:16], strict=True))
 
@@ -232,7 +232,10 @@ def _sts(rng: Random, turn: int) -> Example:
     second, answer = ((first, "是的"), (other, "不是"))[turn % 2]
     aspect = rng.choice(ASPECTS)
     text = _prompt(
-        rng, f"“{first}{aspect}”，“{second}{aspect}”。", f"{rng.choice(('这两句', '两个问题'))}意思一样吗？", "选项：是的，不是"
+        rng,
+        f"“{first}{aspect}”，“{second}{aspect}”。",
+        f"{rng.choice(('这两句', '两个问题'))}意思一样吗？",
+        "选项：是的，不是",
     )
     return Example(text, answer, ["是的", "不是"])
 
@@ -241,9 +244,13 @@ def _qqr(rng: Random, turn: int) -> Example:
     first, other = rng.sample(DISEASES, 2)
     qualified = f"{rng.choice(QUALIFIERS)}{first}"
     answer = SUBSETS[turn % 4]
-    left, right = dict(zip(SUBSETS, ((first, first), (first, qualified), (qualified, first), (first, other)), strict=True))[answer]
+    left, right = dict(
+        zip(SUBSETS, ((first, first), (first, qualified), (qualified, first), (first, other)), strict=True)
+    )[answer]
     aspect = rng.choice(ASPECTS)
-    text = _prompt(rng, f"“{left}{aspect}”，“{right}{aspect}”。", "后者与前者是什么关系？", f"选项：{'，'.join(SUBSETS)}")
+    text = _prompt(
+        rng, f"“{left}{aspect}”，“{right}{aspect}”。", "后者与前者是什么关系？", f"选项：{'，'.join(SUBSETS)}"
+    )
     return Example(text, answer, SUBSETS)
 
 
