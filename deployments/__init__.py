@@ -69,8 +69,9 @@ def autoscaling(values: Mapping[str, Any]) -> AutoscalingConfig:
             raise ConfigError(f"serve.autoscaling.{key}: Serve has no such setting{nearest(key, known)}")
     try:
         return AutoscalingConfig(**values)
-    except (ValidationError, ValueError) as error:
-        raise ConfigError(f"serve.autoscaling: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"serve.autoscaling: {wrong}") from None
 
 
 def actor_options(config: ServeConfig) -> dict[str, Any]:

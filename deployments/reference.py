@@ -10,7 +10,7 @@ answer over HTTP is the one that batch prediction scores. Token ids are built by
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi.responses import JSONResponse
@@ -24,10 +24,11 @@ from paddock.errors import ServiceError
 class GenerationEngine(Protocol):
     """What this endpoint asks of `paddock.engine.Engine`."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Any: ...
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Mapping[str, Any], request_id: str
+        self, prompt_token_ids: Sequence[int], sampling: Mapping[str, Any], request_id: str
     ) -> Generation: ...
 
 

@@ -17,6 +17,7 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,11 +29,14 @@ import pytest
 import ray
 import yaml
 
-from paddock.config import MergeConfig
+from paddock.config import MergeConfig, ServeConfig
 from paddock.demo import make_assets
 from paddock.merge import merge
+from paddock.service import start
 
 ROOT = Path(__file__).parent.parent
+# Jobs are submitted as `python -m jobs.x`, to a cluster whose `python` is this one.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 DEMO_CONFIG = ROOT / "jobs" / "configs" / "demo.yaml"
 
 
@@ -79,6 +83,31 @@ def ray_cluster() -> Iterator[Cluster]:
     )
     yield Cluster(context.address_info["address"], f"http://{context.dashboard_url}")
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Service:
+    """The session's service: vLLM on Serve with the demo's base, in float32."""
+
+    url: str
+    app_name: str
+    config: ServeConfig
+
+
+@pytest.fixture(scope="session")
+def service(ray_cluster: Cluster, base_model: Path) -> Service:
+    """One service for all tests that ask it something; it goes with the cluster."""
+    config = ServeConfig(
+        model=str(base_model),
+        engine={"dtype": "float32", "max_model_len": 1024},
+        autoscaling={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 64},
+        ray_actor_options={"num_cpus": 0.5},
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start(config, "default", http_options={"host": "127.0.0.1", "port": port})
+    return Service(f"http://127.0.0.1:{port}", "default", config)
 
 
 @pytest.fixture

@@ -193,5 +193,5 @@ def test_the_commands_in_readme_and_headers_exist(root: Path) -> None:
     """Each `python -m jobs.x` names a job, each key given to it one of its keys."""
     texts = [root / "README.md", root / "cluster.yaml", *(root / "jobs").rglob("*.yaml"), *(root / "jobs").glob("*.py")]
     for text in texts:
-        for name in re.findall(r"python -m jobs\.(\w+)", text.read_text(encoding="utf-8")):
+        for name in re.findall(r"python -m jobs\.([a-z]+)", text.read_text(encoding="utf-8")):
             assert (root / "jobs" / f"{name}.py").is_file(), f"{text}: jobs.{name}"

@@ -139,10 +139,15 @@ class ScoreConfig(JobConfig):
 
 
 class DemoConfig(TrainConfig):
-    """Everything in one run: `python -m jobs.demo`."""
+    """Everything in one run: `python -m jobs.demo`. The defaults are for a tiny model on two cores."""
 
-    serve: How[ServePart] = ServePart()
-    predict: PredictPart = PredictPart()
+    serve: How[ServePart] = ServePart(
+        engine={"max_model_len": 4096},
+        # The second replica is for a load that stays: it takes half a minute of both cores to start.
+        autoscaling={"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 64, "upscale_delay_s": 60},
+        ray_actor_options={"num_cpus": 0.5},
+    )
+    predict: PredictPart = PredictPart(sampling=SamplingPart.model_validate({"max_tokens": 160}))
     http_rows: How[int] = 8
     """The number of test rows that are also asked over HTTP."""
 

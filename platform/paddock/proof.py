@@ -1,7 +1,7 @@
 """The proof of a merge: the same prompts through base + adapters and through what was written.
 
-The reference is PEFT's own: the base in float32, each adapter attached and merged in its turn, rows added
-where an adapter's vocabulary asks for them. The merged model is read back from its directory. Both models
+The reference is PEFT's own: the base in float32, each adapter attached in its turn and merged before the next,
+rows added where an adapter's vocabulary asks for them. The merged model is read back from its directory. Both models
 are in memory one after the other, never together; `check_memory` says so before anything is written.
 """
 
@@ -85,7 +85,7 @@ def check_memory(plan: Plan) -> None:
 
 
 def _reference(plan: Plan) -> Any:
-    """Base + adapters, each attached by PEFT and merged in float32."""
+    """Base + adapters in float32: each attached by PEFT and merged, the last one left attached as it was trained."""
     model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
     for step in plan.steps:
         if model.get_input_embeddings().weight.shape[0] != step.rows:
@@ -96,7 +96,10 @@ def _reference(plan: Plan) -> Any:
             model.config.tie_word_embeddings = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(model, step.adapter).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, step.adapter)
+        if step is plan.steps[-1] and not step.tied:
+            return adapted
+        model = adapted.merge_and_unload()
         if step.tied:
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model

@@ -201,8 +201,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         loss = _step(model, blocks, chosen[rank::world], supervised, config, world)
         if not math.isfinite(loss):
             raise ModelError(
-                f"step {step + 1}: the loss is {loss}; lower train.learning_rate, or look at the rows of blocks {chosen}"
-                f" in {run / 'packed'}; the checkpoints before this step are good"
+                f"step {step + 1}: the loss is {loss}; lower train.learning_rate, or look at the rows of blocks"
+                f" {chosen} in {run / 'packed'}; the checkpoints before this step are good"
             )
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from random import Random
@@ -18,16 +18,16 @@ from paddock.data import Row
 
 ROWS_PER_TASK = {"train": 150, "dev": 6, "test": 10}
 
-SYMPTOMS = tuple(["头痛", "咳嗽", "发热", "腹泻", "呕吐", "皮疹", "胸闷", "乏力", "便秘", "失眠", "头晕", "腹痛", "鼻塞", "流涕", "心悸", "水肿"])
-DISEASES = tuple(["感冒", "肺炎", "胃炎", "肠炎", "哮喘", "湿疹", "贫血", "鼻炎", "高血压", "糖尿病", "胆囊炎", "冠心病"])
-DRUGS = tuple(["布洛芬", "阿莫西林", "益生菌", "氨溴索", "氯雷他定", "奥美拉唑", "二甲双胍", "硝苯地平"])
-BODY_PARTS = tuple(["头部", "胸部", "腹部", "背部", "鼻腔", "咽喉", "四肢", "面部"])
-EXAMINATIONS = tuple(["血常规", "尿常规", "胸片", "心电图", "超声", "胃镜"])
-MANNERS = tuple(["阵发性", "持续性", "轻度", "剧烈"])
-DURATIONS = tuple(["一天", "两天", "三天", "四天", "五天", "一周", "两周", "一个月"])
-PEOPLE = tuple(["宝宝", "孩子", "老人", "妈妈", "爸爸", "病人", "孕妇", "学生"])
-ASPECTS = tuple(["怎么治", "吃什么药", "做什么检查", "能自愈吗"])
-QUALIFIERS = tuple(["急性", "慢性", "儿童", "老年"])
+SYMPTOMS = tuple("头痛 咳嗽 发热 腹泻 呕吐 皮疹 胸闷 乏力 便秘 失眠 头晕 腹痛 鼻塞 流涕 心悸 水肿".split())
+DISEASES = tuple("感冒 肺炎 胃炎 肠炎 哮喘 湿疹 贫血 鼻炎 高血压 糖尿病 胆囊炎 冠心病".split())
+DRUGS = tuple("布洛芬 阿莫西林 益生菌 氨溴索 氯雷他定 奥美拉唑 二甲双胍 硝苯地平".split())
+BODY_PARTS = tuple("头部 胸部 腹部 背部 鼻腔 咽喉 四肢 面部".split())
+EXAMINATIONS = tuple("血常规 尿常规 胸片 心电图 超声 胃镜".split())
+MANNERS = tuple("阵发性 持续性 轻度 剧烈".split())
+DURATIONS = tuple("一天 两天 三天 四天 五天 一周 两周 一个月".split())
+PEOPLE = tuple("宝宝 孩子 老人 妈妈 爸爸 病人 孕妇 学生".split())
+ASPECTS = tuple("怎么治 吃什么药 做什么检查 能自愈吗".split())
+QUALIFIERS = tuple("急性 慢性 儿童 老年".split())
 REMEDIES = dict(zip(SYMPTOMS, DRUGS * 2, strict=True))
 CHECKS = dict(zip(SYMPTOMS, (EXAMINATIONS * 3)[:16], strict=True))
 
@@ -276,7 +276,7 @@ def _ir(rng: Random, turn: int) -> Example:
     return Example(text, answer, ["相关", "不相关"])
 
 
-def _labelled(question: str, cues: dict[str, tuple[str, ...]], sentence: Callable[[Random, str], str]) -> Writer:
+def _labelled(question: str, cues: Mapping[str, Sequence[str]], sentence: Callable[[Random, str], str]) -> Writer:
     """A task whose label follows from a cue in its sentence; each row offers some of the labels."""
 
     def write(rng: Random, turn: int) -> Example:

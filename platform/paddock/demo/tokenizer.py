@@ -111,18 +111,18 @@ def _unique(pieces: Iterable[str]) -> list[str]:
 
 def _byte_pair_pieces(phrases: Iterable[str]) -> list[str]:
     """Byte-pair encoding run to its end: every phrase becomes one piece, by way of the most frequent pairs."""
-    phrases = [list(phrase) for phrase in phrases]
+    split = [list(phrase) for phrase in phrases]
     pieces = []
-    while pairs := Counter(pair for phrase in phrases for pair in pairwise(phrase)):
+    while pairs := Counter(pair for parts in split for pair in pairwise(parts)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         pieces.append("".join(best))
-        phrases = [_merge(phrase, best) for phrase in phrases]
+        split = [_merge(parts, best) for parts in split]
     return pieces
 
 
-def _merge(phrase: list[str], pair: tuple[str, str]) -> list[str]:
+def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     merged: list[str] = []
-    for part in phrase:
+    for part in parts:
         if merged and (merged[-1], part) == pair:
             merged[-1] += part
         else:
