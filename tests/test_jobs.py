@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,19 @@ import pytest
 import yaml
 
 from paddock import manifest
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`python -m ...` in this process, which has imported everything: (exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", list(words))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(words[0], run_name="__main__")
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -35,7 +50,9 @@ from paddock import manifest
         ),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(job: Any, tmp_path: Path, words: list[str], says: str) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    run_here: Any, tmp_path: Path, words: list[str], says: str
+) -> None:
     row = {
         "input": "x",
         "target": "y",
@@ -45,19 +62,27 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(job: Any, tmp_path: Path, w
         "sample_id": "1",
     }
     (tmp_path / "bad.json").write_text(json.dumps(row) + "\n{nope\n")
-    done = job(*(word.replace("{tmp}", str(tmp_path)) for word in words))
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    code, _, told = run_here(*(word.replace("{tmp}", str(tmp_path)) for word in words))
+    assert code == 2, told
+    (line,) = told.strip().splitlines()
     assert line.startswith("error: ")
     assert says in line
     assert [p.name for p in tmp_path.iterdir()] == ["bad.json"]
 
 
 @pytest.mark.parametrize("name", ["train", "merge", "convert", "predict", "score", "demo"])
-def test_help_tells_every_key(job: Any, name: str) -> None:
-    done = job(f"jobs.{name}", "--help")
-    assert done.returncode == 0
-    assert "output_dir (required)" in done.stdout
+def test_help_tells_every_key(run_here: Any, name: str) -> None:
+    code, said, _ = run_here(f"jobs.{name}", "--help")
+    assert code == 0
+    assert "output_dir (required)" in said
+
+
+def test_a_job_in_a_process_of_its_own_tells_one_line(job: Any) -> None:
+    done = job("jobs.train", "model.pth=x", "output_dir=y")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model.pth: unknown key; did you mean 'path'?")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_assets_come_out_byte_identical(job: Any, tmp_path: Path) -> None:

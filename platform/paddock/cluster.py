@@ -69,10 +69,10 @@ def require(bundles: Sequence[Mapping[str, float]], what: str) -> None:
 def has_gpus() -> bool:
     """Whether the cluster has, or can grow to, a GPU."""
     can_grow_to = ray_state.get_max_resources_from_cluster_config() or {}
-    return ray.cluster_resources().get("GPU", 0) > 0 or can_grow_to.get("GPU", 0) > 0
+    return bool(ray.cluster_resources().get("GPU", 0) > 0 or can_grow_to.get("GPU", 0) > 0)
 
 
 def _joined() -> bool:
     """Whether this driver's Ray was there before it: only a Ray of its own dies with its driver."""
     node = ray._private.worker._global_node
-    return not (node is not None and bool(node.is_head()))
+    return bool(node is None or not node.is_head())
