@@ -5,7 +5,9 @@ A mistake in them is one line and exit code 2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+import paddock
 from deployments.llm import LLM
 from paddock import cluster
 from paddock.config import ServeConfig, build, load, nearest
@@ -25,7 +28,7 @@ from paddock.prompts import load_template
 class AppError(PaddockError, click.ClickException):
     """A user's mistake, as `serve run` knows how to tell it: a line, and exit code 2."""
 
-    exit_code = PaddockError.exit_code
+    exit_code = PaddockError.exit_code  # type: ignore[misc]
 
 
 def app(args: Mapping[str, Any]) -> Application:
@@ -49,7 +52,8 @@ def application(config: ServeConfig) -> Application:
     template = load_template(config.prompt.template)
     if config.engine:
         check_engine_args(config.engine)
-    return LLM.options(
+    deployment: Any = LLM
+    return deployment.options(
         autoscaling_config=autoscaling(config.autoscaling),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
@@ -79,7 +83,7 @@ def actor_options(config: ServeConfig) -> dict[str, Any]:
 
     Raises ResourceError where the running cluster has no room for one replica and cannot make it.
     """
-    options = dict(config.ray_actor_options)
+    options = {**config.ray_actor_options, "runtime_env": _runtime_env(config.ray_actor_options)}
     gpus = int(config.engine.get("tensor_parallel_size", 1)) * int(config.engine.get("pipeline_parallel_size", 1))
     joined = not ray.is_initialized()
     try:
@@ -95,3 +99,11 @@ def actor_options(config: ServeConfig) -> dict[str, Any]:
         if joined:
             ray.shutdown()
     return options
+
+
+def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configured runtime env, in which a replica finds these packages wherever Ray itself was started."""
+    runtime_env = dict(options.get("runtime_env", {}))
+    roots = [str(Path(file).resolve().parents[1]) for file in (str(paddock.__file__), __file__)]
+    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**runtime_env, "env_vars": {"PYTHONPATH": path, **runtime_env.get("env_vars", {})}}

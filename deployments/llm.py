@@ -53,7 +53,7 @@ class Forward(Response):
 class LLM:
     """One replica: an engine, its HTTP routes and its handle."""
 
-    async def __init__(self, config: ServeConfig, template: Template) -> None:
+    async def __init__(self, config: ServeConfig, template: Template) -> None:  # type: ignore[misc]
         self.config = config
         self.template = template
         self.sampling = sampling_params(config.sampling)

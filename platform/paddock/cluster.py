@@ -25,12 +25,15 @@ def connect() -> bool:
         return False
     # Usage statistics are the user's to send, and a laptop without a network waits for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Ray Train's controller looks after its workers every 2 s by default; so long takes each report.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Its patched print shows every line of a worker twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    # Their progress is told by ours.
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return not _joined()
 
 

@@ -14,11 +14,13 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from paddock import manifest, prompts
 from paddock.config import SamplingPart, ServeConfig, nearest
@@ -331,7 +333,7 @@ def _entrypoints() -> tuple[Any, Any, Any, Any]:
 
 
 @contextmanager
-def _as_config_error() -> Any:
+def _as_config_error() -> Iterator[None]:
     """vLLM checks the values of its own arguments, and the model's config with them."""
     try:
         yield
@@ -340,4 +342,5 @@ def _as_config_error() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    said = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
+    return " ".join(said.split())[:500] or type(error).__name__

@@ -80,8 +80,6 @@ def run(config: DemoConfig) -> Summary:
         if gold:
             runs.insert(0, _predict(config, "base", config.model.path, gold, http, summary))
     finally:
-        if started:
-            serve.shutdown()
         cluster.disconnect(started)
     with summary.stage("report"):
         write_report(

@@ -117,7 +117,7 @@ def _stream(config: PredictConfig, rows: list[Row], pending: list[int], app_name
         fn_constructor_args=(config, app_name),
         batch_size=_ROWS_PER_BATCH,
         batch_format="pyarrow",
-        concurrency=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.1,
     )
     try:

@@ -6,6 +6,7 @@ processor, which training, matrix products and the tails of a normal distributio
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Draws:
     def uniform(self, rows: int, columns: int, std: float) -> torch.Tensor:
         """Values of the given standard deviation in float32, from +-sqrt(3) std."""
         draws = self._generator.integers(-(2**15), 2**15, size=(rows, columns), dtype=np.int32)
-        scale = np.float32(std * 3**0.5 / 2**15)
+        scale = np.float32(std * math.sqrt(3) / 2**15)
         return torch.from_numpy(draws.astype(np.float32) * scale)
 
 

@@ -1,7 +1,7 @@
 """The demo's rows: a small closed world of medicine in the shapes of PromptCBLUE's sixteen tasks.
 
 Every sentence is written here; none comes from the benchmark. An answer follows from its input, and the
-answers of a task are balanced, so that a score above chance has been learned. No input occurs twice.
+answers of a task are balanced, so that a score above chance has been learned. No prompt occurs twice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from random import Random
 from typing import NamedTuple
 
 from paddock.data import Row
+from paddock.prompts import clean_input
 
 ROWS_PER_TASK = {"train": 150, "dev": 6, "test": 10}
 
@@ -26,7 +27,7 @@ EXAMINATIONS = tuple("血常规 尿常规 胸片 心电图 超声 胃镜".split(
 MANNERS = tuple("阵发性 持续性 轻度 剧烈".split())
 DURATIONS = tuple("一天 两天 三天 四天 五天 一周 两周 一个月".split())
 PEOPLE = tuple("宝宝 孩子 老人 妈妈 爸爸 病人 孕妇 学生".split())
-ASPECTS = tuple("怎么治 吃什么药 做什么检查 能自愈吗".split())
+ASPECTS = tuple("怎么治 吃什么药 做什么检查 能自愈吗 会传染吗 怎么预防".split())
 QUALIFIERS = tuple("急性 慢性 儿童 老年".split())
 REMEDIES = dict(zip(SYMPTOMS, DRUGS * 2, strict=True))
 CHECKS = dict(zip(SYMPTOMS, (EXAMINATIONS * 3)[:16], strict=True))
@@ -76,7 +77,7 @@ Writer = Callable[[Random, int], Example]
 
 
 def make_rows(seed: int) -> dict[str, list[Row]]:
-    """Train, dev and test rows, each shuffled across the tasks; no input occurs twice in all of them."""
+    """Train, dev and test rows, each shuffled across the tasks; no prompt occurs twice in all of them."""
     rng = Random(seed)
     splits: dict[str, list[Row]] = {split: [] for split in ROWS_PER_TASK}
     for dataset, (task_type, writer) in TASKS.items():
@@ -104,9 +105,9 @@ def _distinct(writer: Writer, rng: Random) -> Iterator[Example]:
     seen: set[str] = set()
     for turn in count():
         example = writer(rng, turn)
-        while example.input in seen:
+        while clean_input(example.input) in seen:
             example = writer(rng, turn)
-        seen.add(example.input)
+        seen.add(clean_input(example.input))
         yield example
 
 

@@ -87,7 +87,6 @@ def tokenizer_config(*, pad: bool = False) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "eos_token": "</s>",
         "legacy": True,
-        "model_max_length": 4096,
         "pad_token": PAD if pad else None,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
