@@ -18,7 +18,7 @@ import httpx
 import openai
 from ray import serve
 
-from paddock import cluster, manifest, prompts, service
+from paddock import cluster, engine, manifest, prompts, service
 from paddock.config import DemoConfig, MergeConfig, PredictConfig
 from paddock.data import Row, read_rows
 from paddock.demo.prepare import ensure
@@ -158,15 +158,16 @@ def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], http: d
 def _same_over_http(config: PredictConfig, url: str, asked: list[tuple[Row, str]]) -> bool:
     """Ask `/generate` and `/v1/completions` for some rows; whether both said what the handle said."""
     template = prompts.load_template(config.prompt.template)
-    greedy: dict[str, Any] = {"temperature": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    sampling = config.predict.sampling.model_dump(exclude={"preset"})
+    # What a request leaves out is the endpoint's default, and theirs differ.
+    off = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    sampling: dict[str, Any] = {**off, **engine.sampling_params(config.predict.sampling)}
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     same = True
     for row, text in asked:
-        body = {"instruction": row.instruction, "input": row.input, "parameters": {**greedy, **sampling}}
+        body = {"instruction": row.instruction, "input": row.input, "parameters": sampling}
         answer = httpx.post(f"{url}/generate", json=body, timeout=300).raise_for_status().json()["generated_text"]
-        completion = client.completions.create(model=model, prompt=template.render(row), **{**greedy, **sampling})
+        completion = client.completions.create(model=model, prompt=template.render(row), **sampling)
         completed = prompts.answer(completion.choices[0].text)
         print(f"{row.sample_id} ({row.task_dataset}): {text[:60]!r}", flush=True)
         if not answer == completed == text:

@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus
 from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.errors import ServiceError
+from paddock.prompts import load_template
 
 IMPORT_PATH = "deployments:app"
 
@@ -39,12 +40,14 @@ def running(config: ServeConfig) -> Iterator[str]:
 
 
 def find(config: ServeConfig) -> str | None:
-    """A running application whose model has the same content, or None."""
-    wanted = manifest.fingerprint(config.model)
+    """A running application that answers as `config` would: same model content, prompt and type; or None."""
+    wanted = {"model_hash": manifest.fingerprint(config.model), "prompt": load_template(config.prompt.template).text}
+    if "dtype" in config.engine:
+        wanted["dtype"] = config.engine["dtype"]
     for name, app in serve.status().applications.items():
         if app.status == ApplicationStatus.RUNNING and "LLM" in app.deployments:
             about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
-            if about["model_hash"] == wanted:
+            if wanted.items() <= about.items():
                 return str(name)
     return None
 
@@ -72,12 +75,12 @@ def start(
         status = serve.status().applications[name]
         if status.status == ApplicationStatus.RUNNING:
             return
-        deployments = "; ".join(f"{n}: {d.message}" for n, d in status.deployments.items() if d.message)
         late = time.monotonic() - begun > config.startup_timeout_s
         if status.status == ApplicationStatus.DEPLOY_FAILED or late:
             why = f"not ready after {config.startup_timeout_s:g} s" if late else "failed to start"
             serve.delete(name)
-            raise ServiceError(
-                f"the service for {config.model} {why}: {' '.join((deployments or status.message).split())}"
-            )
+            # The replica's traceback ends in its error's own line.
+            messages = [d.message for d in status.deployments.values() if d.message] or [status.message]
+            told = messages[0].strip().splitlines()[-1]
+            raise ServiceError(f"the service for {config.model} {why}: {told}")
         time.sleep(0.5)

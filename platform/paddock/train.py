@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler, set_seed
 
-from paddock import checkpoint, cluster, lora, manifest, packing
+from paddock import checkpoint, cluster, lora, manifest, packing, storage
 from paddock.config import TrainConfig
 from paddock.data import content_hash, read_rows
 from paddock.errors import ConfigError, ModelError, PaddockError
@@ -57,8 +57,8 @@ class SupervisedLoss(nn.Module):
         return cross_entropy(logits.float(), next_tokens[counts], reduction="sum")
 
 
-def train(config: TrainConfig) -> Path:
-    """Train, and return the last checkpoint's directory. A run that was cut short goes on where it was.
+def train(config: TrainConfig) -> str | Path:
+    """Train, and return where the last checkpoint stands. A run that was cut short goes on where it was.
 
     Raises a PaddockError before anything starts for whatever can be known by then: configuration, data,
     model, a run directory of another configuration, a cluster that is too small.
@@ -72,14 +72,15 @@ def train(config: TrainConfig) -> Path:
         scaling = ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers, use_gpu=use_gpu, resources_per_worker=bundle
         )
-        run = Path(config.output_dir)
+        run = config.output_dir
         with manifest.locked(run):
             if config.overwrite:
-                shutil.rmtree(run / "packed", ignore_errors=True)
+                storage.remove(storage.join(run, "packed"))
                 checkpoint.prune(run, keep=0)
             hashed = run_config(config)
             last = checkpoint.path(run, config.train.max_steps)
-            if checkpoint.find_last(run, hashed, inputs) == last:
+            found = checkpoint.find_last(run, hashed, inputs)
+            if found is not None and found.name == os.path.basename(last):
                 print(f"{last}: already trained with this configuration; nothing to do")
                 return last
             pack_rows(config, inputs)
@@ -115,10 +116,10 @@ def run_config(config: TrainConfig) -> dict[str, Any]:
     return hashed
 
 
-def pack_rows(config: TrainConfig, inputs: Mapping[str, str]) -> Path:
+def pack_rows(config: TrainConfig, inputs: Mapping[str, str]) -> str | Path:
     """Tokenise and pack the training and dev rows into `RUN/packed/`."""
     what = {"prompt": config.prompt.template, "max_seq_length": config.train.max_seq_length, "dev": config.data.dev}
-    packed = Path(config.output_dir) / "packed"
+    packed = storage.join(config.output_dir, "packed")
     with manifest.stage(packed, kind="packed", config=what, inputs=inputs, overwrite=config.overwrite) as work:
         if work.finished:
             return packed
@@ -145,7 +146,7 @@ def _fit(config: TrainConfig, scaling: Any, hashed: dict[str, Any], inputs: dict
     run = ray.train.RunConfig(
         # Ray's own records of the attempt; what counts are our checkpoints, one directory up.
         name=time.strftime("%Y%m%d-%H%M%S"),
-        storage_path=str(Path(config.output_dir) / "ray_train"),
+        storage_path=str(storage.join(config.output_dir, "ray_train")),
         logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
     )
@@ -162,7 +163,7 @@ def _fit(config: TrainConfig, scaling: Any, hashed: dict[str, Any], inputs: dict
 def train_worker(settings: dict[str, Any]) -> None:
     """The loop of one worker."""
     config: TrainConfig = settings["config"]
-    recipe, run = config.train, Path(config.output_dir)
+    recipe, run = config.train, config.output_dir
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     batch: int = settings["hashed"]["train"]["global_batch_size"]
@@ -185,9 +186,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     if resume_from is not None:
         first_step = _restore(checkpoint.read_state(resume_from), optimizer, scheduler, rank)
 
-    blocks = packing.PackedBlocks(run / "packed" / "train.parquet")
-    dev = packing.PackedBlocks(run / "packed" / "dev.parquet") if config.data.dev else None
-    journal = Journal(run, recipe.max_steps) if rank == 0 else None
+    packed = storage.fetch(storage.join(run, "packed"))
+    blocks = packing.PackedBlocks(packed / "train.parquet")
+    dev = packing.PackedBlocks(packed / "dev.parquet") if config.data.dev else None
+    journal = Journal(run, first_step, recipe.max_steps) if rank == 0 else None
     if journal:
         trainable, total = peft_model.get_nb_trainable_parameters()
         journal.say(
@@ -202,7 +204,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         if not math.isfinite(loss):
             raise ModelError(
                 f"step {step + 1}: the loss is {loss}; lower train.learning_rate, or look at the rows of blocks"
-                f" {chosen} in {run / 'packed'}; the checkpoints before this step are good"
+                f" {chosen} in {packed}; the checkpoints before this step are good"
             )
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
@@ -234,6 +236,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                 )
                 checkpoint.prune(run, recipe.save_total_limit)
                 print(f"saved {saved}", flush=True)
+            if journal:
+                journal.publish()
             # The checkpoint is ours and stands already; Ray learns of the progress.
             ray.train.report({"step": done, **metrics})
     if journal:
@@ -305,20 +309,25 @@ def _restore(state: dict[str, Any], optimizer: Any, scheduler: Any, rank: int) -
 class Journal:
     """What rank 0 tells while it trains: lines, `metrics.jsonl`, TensorBoard."""
 
-    def __init__(self, run: Path, max_steps: int) -> None:
-        self.max_steps = max_steps
-        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"))
+    def __init__(self, run: str, first_step: int, max_steps: int) -> None:
+        self.run, self.first_step, self.max_steps = run, first_step, max_steps
+        self.directory = storage.workplace(run)
+        if storage.is_uri(run):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            told = storage.join(run, "metrics.jsonl")
+            if storage.exists(told):
+                shutil.copyfile(storage.fetch(told), self.directory / "metrics.jsonl")
+        self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
         self.begun = time.monotonic()
-        self.first: int | None = None
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def log(self, step: int, **metrics: float) -> None:
-        self.first = step if self.first is None else self.first
         elapsed = time.monotonic() - self.begun
-        eta = elapsed / max(step - self.first, 1) * (self.max_steps - step) if step > self.first else float("nan")
+        eta = elapsed / (step - self.first_step) * (self.max_steps - step)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.say(f"step {step}/{self.max_steps}  {values}  {elapsed:.0f} s, {eta:.0f} s to go")
         self.file.write(json.dumps({"step": step, "seconds": round(elapsed, 3), **metrics}) + "\n")
@@ -326,6 +335,13 @@ class Journal:
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)
 
+    def publish(self) -> None:
+        """Let the files be where the run is; the tensorboard of an earlier attempt is another file."""
+        if storage.is_uri(self.run):
+            self.tensorboard.flush()
+            storage.upload(self.directory, self.run)
+
     def close(self) -> None:
         self.file.close()
         self.tensorboard.close()
+        self.publish()
