@@ -45,6 +45,7 @@ class Parameters(_Strict):
     top_p: float | None = None
     top_k: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     temperature: float | None = None

@@ -99,7 +99,7 @@ def service(ray_cluster: Cluster, base_model: Path) -> Service:
     """One service for all tests that ask it something; it goes with the cluster."""
     config = ServeConfig(
         model=str(base_model),
-        engine={"dtype": "float32", "max_model_len": 1024},
+        engine={"dtype": "float32", "max_model_len": 512},
         autoscaling={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 64},
         ray_actor_options={"num_cpus": 0.5},
     )

@@ -79,6 +79,8 @@ def test_the_oldest_go(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [1, 2, 10]
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    checkpoint.prune(tmp_path, 0)
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_every_rng_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_chain_that_grows_twice(assets: Path, lab: Lab) -> None:
         assert (merged / name).read_bytes() == (adapters[-1] / name).read_bytes()
     assert (merged / "generation_config.json").is_file()
     assert (merged / "README.md").is_file()
-    with pytest.raises(ModelError, match=r"zh-llama.*5184.*5185"):
+    with pytest.raises(ModelError, match=r"zh-llama: its tokenizer has \d+ tokens, the model it meets \d+"):
         lab.merge(merged, adapters[0], name="back")
     for file in merged.iterdir():  # the same directory wherever it is made
         assert str(lab.directory).encode() not in file.read_bytes()
@@ -361,11 +361,11 @@ def test_smaller_tokenizer_is_refused(assets: Path, lab: Lab) -> None:
     lora = lab.adapter(grown, "lora", target_modules=["q_proj"])
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(base / name, lora / name)
-    with pytest.raises(ModelError, match=r"lora: its tokenizer has 750 tokens, the model it meets 5184"):
+    with pytest.raises(ModelError, match=r"lora: its tokenizer has 750 tokens, the model it meets \d+"):
         lab.merge(grown, lora, name="out")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(assets / "adapters/zh-alpaca" / name, lora / name)
-    with pytest.raises(ModelError, match="5185 tokens, the embedding 5184 rows"):
+    with pytest.raises(ModelError, match=r"\d+ tokens, the embedding \d+ rows"):
         lab.merge(grown, lora, name="out")
 
 

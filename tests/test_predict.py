@@ -80,7 +80,8 @@ def test_a_row_that_cannot_be_answered_stops_nothing(
     (line,) = (output / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     quarantined = json.loads(line)
     assert quarantined["sample_id"] == rows[3].sample_id
-    assert "1024" in quarantined["error"]
+    assert "maximum context length" in quarantined["error"]
+    assert "Traceback" not in quarantined["error"]
     assert manifest.read(output).extra["quarantined"] == 1  # type: ignore[union-attr]
     records = [json.loads(text) for text in (output / "test_predictions.json").read_text(encoding="utf-8").splitlines()]
     assert records[3]["target"] == ""

@@ -10,7 +10,6 @@ The position in the data is the step itself: see `packing.step_blocks`.
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from paddock import manifest
+from paddock import manifest, storage
 from paddock.errors import OutputError
 
 STATE = Path("trainer_state") / "state.pt"
 
 
-def path(run: str | Path, step: int) -> Path:
+def path(run: str | Path, step: int) -> str | Path:
     """Where the checkpoint after `step` optimizer steps stands."""
-    return Path(run) / f"checkpoint-{step}"
+    return storage.join(run, f"checkpoint-{step}")
 
 
 def write(
@@ -38,8 +37,8 @@ def write(
     save_adapter: Callable[[Path], None],
     state: Mapping[str, Any],
     metrics: Mapping[str, Any],
-) -> Path:
-    """Write a checkpoint, as one step, and return its directory.
+) -> str | Path:
+    """Write a checkpoint, as one step, and return where it stands.
 
     `save_adapter` writes the PEFT directory into the path it is given. A damaged directory in the
     checkpoint's place is replaced; `config` and `inputs` were compared when the run started.
@@ -61,18 +60,21 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def steps(run: str | Path) -> list[int]:
     """The steps whose checkpoint has a manifest, oldest first."""
-    found = (p.parent.name.rpartition("-")[2] for p in Path(run).glob(f"checkpoint-*/{manifest.NAME}"))
-    return sorted(int(step) for step in found if step.isdigit())
+    found = (name.removeprefix("checkpoint-") for name in storage.children(run) if name.startswith("checkpoint-"))
+    numbers = (int(step) for step in found if step.isdigit())
+    return sorted(step for step in numbers if storage.exists(storage.join(path(run, step), manifest.NAME)))
 
 
 def find_last(run: str | Path, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Path | None:
     """The newest checkpoint whose files are as its manifest says; a damaged one is passed over, aloud.
 
+    The path is local: of a run at a URI it is a copy, whose name is the checkpoint's.
+
     Raises OutputError where the run was made by another configuration.
     """
     for step in reversed(steps(run)):
-        directory = path(run, step)
         try:
+            directory = storage.fetch(path(run, step))
             found = manifest.verify(directory)
         except OutputError as error:
             print(f"warning: {error}; trying the checkpoint before it", flush=True)
@@ -90,10 +92,9 @@ def find_last(run: str | Path, config: Mapping[str, Any], inputs: Mapping[str, s
 def prune(run: str | Path, keep: int | None) -> None:
     """Remove the oldest checkpoints beyond `keep`."""
     if keep is not None:
-        for step in steps(run)[:-keep]:
-            # Without its manifest it no longer exists, should the removal be cut short.
-            (path(run, step) / manifest.NAME).unlink()
-            shutil.rmtree(path(run, step))
+        found = steps(run)
+        for step in found[: max(len(found) - keep, 0)]:
+            storage.remove(path(run, step))
 
 
 def rng_state() -> dict[str, Any]:

@@ -147,7 +147,9 @@ class DemoConfig(TrainConfig):
         autoscaling={"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 64, "upscale_delay_s": 60},
         ray_actor_options={"num_cpus": 0.5},
     )
-    predict: PredictPart = PredictPart(sampling=SamplingPart.model_validate({"max_tokens": 160}))
+    # The shortest answer is a token and its newline; so small a model learns that EOS comes after a newline, and a
+    # prompt ends in one.
+    predict: PredictPart = PredictPart(sampling=SamplingPart.model_validate({"max_tokens": 160, "min_tokens": 2}))
     http_rows: How[int] = 8
     """The number of test rows that are also asked over HTTP."""
 

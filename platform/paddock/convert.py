@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig
 
-from paddock import manifest
+from paddock import manifest, storage
 from paddock.config import ConvertConfig
 from paddock.errors import ModelError
 from paddock.meta_llama import (
@@ -44,14 +44,14 @@ from paddock.weights import (
 )
 
 
-def convert(config: ConvertConfig) -> Path:
-    """Convert as configured; return the directory. Raises ModelError where the input is not what it should be."""
-    source = Path(config.input_dir)
+def convert(config: ConvertConfig) -> str | Path:
+    """Convert as configured; return where it stands. Raises ModelError where the input is not what it should be."""
+    source = storage.fetch(config.input_dir)
     if not source.is_dir():
         raise ModelError(f"input_dir: {source}: no such directory; check the path")
     to_meta = config.output_type == "pth"
-    inputs = {"input_dir": manifest.fingerprint(source)}
-    tokenizer = None if to_meta else _tokenizer_model(source)
+    inputs = {"input_dir": manifest.fingerprint(config.input_dir)}
+    tokenizer = None if to_meta else _tokenizer_model(source, storage.parent(config.input_dir))
     if tokenizer is not None and tokenizer.parent != source:
         inputs["tokenizer.model"] = manifest.fingerprint(tokenizer)
     with manifest.stage(
@@ -247,11 +247,12 @@ def _whole(
     return torch.cat([share.read(name) for share in shares], dim=axis)
 
 
-def _tokenizer_model(source: Path) -> Path | None:
+def _tokenizer_model(source: Path, above: str | Path) -> Path | None:
     """Meta keeps one tokenizer.model for all sizes, one directory up."""
-    for directory in (source, source.parent):
-        if (directory / "tokenizer.model").is_file():
-            return directory / "tokenizer.model"
+    for directory in (source, above):
+        file = storage.join(directory, "tokenizer.model")
+        if storage.exists(file):
+            return storage.fetch(file)
     return None
 
 

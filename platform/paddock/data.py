@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from paddock import storage
 from paddock.errors import DataError
 
 FIELDS = ("input", "target", "answer_choices", "task_type", "task_dataset", "sample_id")
@@ -63,12 +64,12 @@ def read_rows(
 
     Raises DataError with file and line for the first row that cannot be used, and for an empty file.
     """
-    file = Path(path)
     if data_format not in _PARSERS:
         raise DataError(f"data.format: {data_format!r} is unknown; known are {', '.join(_PARSERS)}")
+    file = storage.fetch(path)
     if not file.is_file():
         found = "a directory" if file.is_dir() else "nothing"
-        raise DataError(f"{file}: no such data file (found {found} there); check the path")
+        raise DataError(f"{path}: no such data file (found {found} there); check the path")
     parse = _PARSERS[data_format]
     rows: list[Row] = []
     seen: dict[str, int] = {}
@@ -76,7 +77,7 @@ def read_rows(
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"{file}:{number}"
+            where = f"{path}:{number}"
             row = parse(_parse_object(line, where), where, number)
             if not row.input.strip() and not row.instruction.strip():
                 raise DataError(f"{where}: the input is empty; every row needs a text to answer")
@@ -90,7 +91,7 @@ def read_rows(
             seen[row.sample_id] = number
             rows.append(row)
     if not rows:
-        raise DataError(f"{file}: the file has no rows")
+        raise DataError(f"{path}: the file has no rows")
     return rows
 
 

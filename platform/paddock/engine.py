@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from paddock import manifest, prompts
+from paddock import manifest, prompts, storage
 from paddock.config import SamplingPart, ServeConfig, nearest
 from paddock.data import Row
 from paddock.errors import ConfigError, ModelError, ServiceError
@@ -70,12 +70,9 @@ class Generation:
 
 def check_model(path: str | Path) -> None:
     """Raise ModelError where there is no model to serve, OutputError where one of ours is damaged."""
-    if "://" in str(path):
-        raise ModelError(f"model: {path}: is a URI; copy the directory to the serving nodes and name the copy")
-    path = Path(path)
-    if not path.is_dir():
+    if not storage.exists(path):
         raise ModelError(f"model: {path}: no such directory; give a Hugging Face model directory as model=DIR")
-    if not (path / "config.json").is_file():
+    if not storage.exists(storage.join(path, "config.json")):
         raise ModelError(f"model: {path}: no config.json, so not a Hugging Face model directory")
     if manifest.read(path) is None:
         logger.info("%s: has no manifest, taken as it is", path)
@@ -127,6 +124,7 @@ class Engine:
 
     def __init__(self, config: ServeConfig, template: prompts.Template) -> None:
         check_model(config.model)
+        model = storage.fetch(config.model)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         check_engine_args(config.engine)
@@ -144,7 +142,7 @@ class Engine:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")
         with _as_config_error():
-            self._args = AsyncEngineArgs(model=config.model, served_model_name=self.served_model_name, **engine)
+            self._args = AsyncEngineArgs(model=str(model), served_model_name=self.served_model_name, **engine)
             vllm_config = self._args.create_engine_config()
         try:
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=self._args.disable_log_stats)

@@ -5,6 +5,7 @@
     ├── DataError          a data file: `FILE:LINE: ...`
     ├── ModelError         a base model, an adapter or a checkpoint
     ├── OutputError        an output directory: made by another config, in use, damaged
+    ├── StorageError       a URI that cannot be read or written
     ├── ResourceError      the cluster cannot give what the run asks for
     └── ServiceError       a served model that does not come up or does not answer
 
@@ -34,6 +35,10 @@ class ModelError(PaddockError):
 
 class OutputError(PaddockError):
     """An output directory cannot be written or trusted."""
+
+
+class StorageError(PaddockError):
+    """A URI cannot be read or written."""
 
 
 class ResourceError(PaddockError):

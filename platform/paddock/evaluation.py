@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paddock import __version__, manifest
+from paddock import __version__, manifest, storage
 from paddock.config import ScoreConfig
 from paddock.data import Row, read_rows
 from paddock.errors import DataError
@@ -49,14 +49,14 @@ def score_files(config: ScoreConfig) -> dict[str, Any]:
                 provenance={"profile": config.profile, **_provenance(config, inputs)},
             )
             stage.extra["score"] = scores.overall
-    record = json.loads((Path(config.output_dir) / "scores.json").read_text(encoding="utf-8"))
-    return dict(record)
+    with storage.reading(storage.join(config.output_dir, "scores.json")) as stream:
+        return dict(json.load(stream))
 
 
 def _provenance(config: ScoreConfig, inputs: dict[str, str]) -> dict[str, Any]:
     """What the scores were made from; where the predictions are a run's own, also what that was made from."""
     provenance: dict[str, Any] = {f"{name} (sha256)": value for name, value in inputs.items()}
-    predicted = manifest.read(Path(config.predictions).parent)
+    predicted = manifest.read(storage.parent(config.predictions))
     if predicted is not None:
         provenance |= {f"predicted from {name}": value for name, value in predicted.inputs.items()}
         provenance |= {"predicted with": predicted.config, "predicted by": predicted.created_by}
@@ -99,6 +99,6 @@ def read_pair(predictions: str | Path, gold: str | Path, profile: str) -> tuple[
 
 def _place(file: str | Path, index: int) -> str:
     """FILE:LINE of a row; blank lines are no rows."""
-    with Path(file).open("rb") as lines:
+    with storage.fetch(file).open("rb") as lines:
         numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     return f"{file}:{numbers[index]}"

@@ -4,7 +4,8 @@
     OUTPUT_DIR/shards/000007.parquet       row_index, sample_id, text, error, ... of some rows
     OUTPUT_DIR/quarantine.jsonl            the rows that failed, with their reason
 
-A shard appears whole or not at all. Where a row stands in two, the later one counts.
+A shard appears whole or not at all. Where a row stands in two, the later one counts. A ledger at a URI works on a
+local mirror; each shard is uploaded when it is written, everything else when the ledger is finished.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from paddock import storage
 from paddock.errors import OutputError
 
 _TYPES = {"int": pa.int64(), "str": pa.string(), "str | None": pa.string(), "float": pa.float64()}
@@ -49,11 +51,15 @@ class Ledger:
 
     def __init__(self, directory: str | Path, key: Mapping[str, Any]) -> None:
         """Open or begin a ledger. Raises OutputError where the directory holds another one."""
-        self.directory = Path(directory)
+        self.location = directory
+        self.directory = storage.workplace(directory)
+        if storage.is_uri(directory):
+            storage.mirror(directory, self.directory)
         self.shards = self.directory / "shards"
         self._refuse_another(dict(key))
         self.shards.mkdir(parents=True, exist_ok=True)
         (self.directory / "ledger.json").write_text(_pretty(key), encoding="utf-8")
+        self._upload("ledger.json")
         for partial in self.shards.glob(".*"):
             partial.unlink()
 
@@ -61,16 +67,18 @@ class Ledger:
         file = self.directory / "ledger.json"
         if not file.is_file():
             if self.directory.is_dir() and any(self.directory.iterdir()):
-                raise OutputError(f"{self.directory}: holds files but no ledger.json; choose another output_dir")
+                raise OutputError(f"{self.location}: holds files but no ledger.json; choose another output_dir")
             return
         try:
             before = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
-            raise OutputError(f"{file}: damaged; choose another output_dir or overwrite=true") from None
+            raise OutputError(
+                f"{storage.join(self.location, file.name)}: damaged; choose another output_dir or overwrite=true"
+            ) from None
         changed = [name for name in sorted(before.keys() | key.keys()) if before.get(name) != key.get(name)]
         if changed:
             raise OutputError(
-                f"{self.directory}: holds predictions of another {', '.join(changed)};"
+                f"{self.location}: holds predictions of another {', '.join(changed)};"
                 " choose another output_dir or overwrite=true"
             )
 
@@ -81,6 +89,16 @@ class Ledger:
         partial = file.with_name(f".{file.name}")
         pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema=_SCHEMA), partial)
         partial.replace(file)
+        self._upload(f"shards/{file.name}")
+
+    def publish(self) -> None:
+        """Once the directory has its manifest: let it be where the ledger is."""
+        if storage.is_uri(self.location):
+            storage.publish(self.directory, self.location)
+
+    def _upload(self, name: str) -> None:
+        if storage.is_uri(self.location):
+            storage.upload(self.directory / name, storage.join(self.location, name))
 
     def predictions(self) -> dict[int, Prediction]:
         """Every row that was tried, by its index."""

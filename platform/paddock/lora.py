@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_p
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from paddock import manifest
+from paddock import manifest, storage
 from paddock.config import LoraPart, ModelConfig, nearest
 from paddock.errors import ConfigError, ModelError
 
@@ -29,12 +29,11 @@ TOKENIZER_FILES = (
 
 def check_base(path: str | Path) -> None:
     """Raise ModelError where a directory cannot be a base model; verify the manifest of one of ours."""
-    path = Path(path)
-    if not path.is_dir():
+    if not storage.exists(path):
         raise ModelError(f"model.path: {path}: no such directory; convert or merge a model into it first")
-    if not (path / "config.json").is_file():
+    if not storage.exists(storage.join(path, "config.json")):
         raise ModelError(f"model.path: {path}: no config.json, so not a Hugging Face model directory")
-    if (path / manifest.NAME).is_file():
+    if manifest.read(path) is not None:
         manifest.check(path, "model")
 
 
@@ -44,10 +43,11 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises ModelError where there is none, where it needs a larger embedding than the model has, or where
     it lacks BOS or EOS.
     """
-    if not any((Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    directory = storage.fetch(path, only=(*TOKENIZER_FILES, "config.json"))
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise ModelError(f"{path}: neither tokenizer.model nor tokenizer.json; copy the tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    vocab_size = AutoConfig.from_pretrained(path).vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
     if len(tokenizer) > vocab_size:
         raise ModelError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows;"
@@ -60,7 +60,9 @@ def load_base(model: ModelConfig) -> Any:
     """The base model on the CPU, in `model.dtype` or as its files are."""
     disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=getattr(torch, model.dtype) if model.dtype else "auto", attn_implementation="sdpa"
+        storage.fetch(model.path),
+        dtype=getattr(torch, model.dtype) if model.dtype else "auto",
+        attn_implementation="sdpa",
     )
 
 
@@ -103,6 +105,7 @@ def load_weights(model: PeftModel, directory: Path) -> None:
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Copy a tokenizer's files, all of them, as they are."""
+    source = storage.fetch(source, only=TOKENIZER_FILES)
     for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, directory / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

@@ -3,6 +3,7 @@
 A stage reads directories and writes one. It works in `.NAME.partial` beside its place; the manifest is
 written last and the directory renamed, so that a directory of ours without a valid manifest does not exist
 for the next stage. Directories from elsewhere (Hugging Face, PEFT) have none and are taken as they are.
+At a URI there is no renaming: the directory is uploaded when it is done, the manifest last.
 
     python -m paddock.manifest verify DIR        hash everything again
 """
@@ -21,10 +22,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from paddock import __version__
+from paddock import __version__, storage
 from paddock.errors import OutputError, PaddockError
 
-NAME = "manifest.json"
+NAME = storage.MANIFEST
 _FIELDS = ("kind", "created_by", "config", "config_hash", "inputs", "files")
 
 
@@ -64,11 +65,13 @@ class Manifest:
 
 def read(directory: str | Path) -> Manifest | None:
     """A directory's manifest, or None where it has none. Raises OutputError where the file is not one."""
-    file = Path(directory) / NAME
-    if not file.is_file():
+    file = storage.join(directory, NAME)
+    if not storage.exists(file):
         return None
+    with storage.reading(file) as stream:
+        text = stream.read()
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(text)
         known = {name: record.pop(name) for name in _FIELDS}
         known["files"] = {str(path): FileEntry(**entry) for path, entry in known["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -78,18 +81,20 @@ def read(directory: str | Path) -> Manifest | None:
 
 def check(directory: str | Path, kind: str | None = None) -> Manifest:
     """The start-up check: the manifest is there, and every file with its size. Raises OutputError."""
-    directory = Path(directory)
     manifest = read(directory)
     if manifest is None:
         raise OutputError(f"{directory}: no {NAME}, so whatever wrote it did not finish; make it again")
     if kind is not None and manifest.kind != kind:
         raise OutputError(f"{directory}: holds {manifest.kind!r}, wanted {kind!r}; check the path")
+    sizes = storage.listing(directory)
     for path, entry in manifest.files.items():
-        file = directory / path
-        size = file.stat().st_size if file.is_file() else None
+        size = sizes.get(path)
         if size != entry.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise OutputError(f"{file}: {found}, the manifest says {entry.bytes} bytes; make the directory again")
+            raise OutputError(
+                f"{storage.join(directory, path)}: {found}, the manifest says {entry.bytes} bytes;"
+                " make the directory again"
+            )
     return manifest
 
 
@@ -97,10 +102,11 @@ def verify(directory: str | Path) -> Manifest:
     """`check`, and every file hashed again. Raises OutputError."""
     manifest = check(directory)
     for path, entry in manifest.files.items():
-        found = sha256(Path(directory) / path)
+        file = storage.join(directory, path)
+        found = sha256(file)
         if found != entry.sha256:
             raise OutputError(
-                f"{Path(directory) / path}: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...;"
+                f"{file}: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...;"
                 " the file was changed or damaged: make the directory again"
             )
     return manifest
@@ -111,13 +117,13 @@ def fingerprint(path: str | Path) -> str:
 
     Raises OutputError where there is nothing, or a directory of ours that is damaged.
     """
-    path = Path(path)
+    if read(path) is not None:
+        return check(path).hash
+    path = storage.fetch(path)
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
         raise OutputError(f"{path}: no such file or directory; check the path")
-    if (path / NAME).is_file():
-        return check(path).hash
     return config_hash({"files": {k: v.sha256 for k, v in scan(path).items()}})
 
 
@@ -126,9 +132,9 @@ def config_hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def sha256(file: Path) -> str:
+def sha256(file: str | Path) -> str:
     """A file's sha256, read in pieces."""
-    with file.open("rb") as stream:
+    with storage.reading(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -143,8 +149,8 @@ class Stage:
     """A directory that is being written."""
 
     kind: str
-    place: Path
-    """Where it will stand."""
+    place: str | Path
+    """Where it will stand: a Path, or the str of a URI."""
     directory: Path
     """Where it is written now."""
     config: dict[str, Any]
@@ -170,12 +176,11 @@ def stage(
     OutputError where the place is taken by another configuration's output, by foreign files or by a
     running job.
     """
-    place = Path(output_dir)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with locked(place):
+    place = storage.workplace(output_dir)
+    with locked(output_dir):
         work = Stage(
             kind=kind,
-            place=place,
+            place=storage.join(output_dir),
             directory=place.parent / f".{place.name}.partial",
             config=dict(config),
             inputs=dict(inputs),
@@ -184,7 +189,7 @@ def stage(
         if not overwrite:
             work.finished = _finished(work)
         if work.finished is not None:
-            print(f"{place}: already made with this configuration; nothing to do")
+            print(f"{work.place}: already made with this configuration; nothing to do")
             yield work
             return
         shutil.rmtree(work.directory, ignore_errors=True)
@@ -192,6 +197,9 @@ def stage(
         try:
             yield work
             commit(work.directory, kind, work.config, work.inputs, work.extra)
+            if storage.is_uri(work.place):
+                storage.publish(work.directory, work.place)
+                return
             if place.exists():
                 shutil.rmtree(place)
             work.directory.rename(place)
@@ -221,14 +229,20 @@ def commit(
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Hold an output directory for one run. Raises OutputError where another run holds it."""
+def locked(output_dir: str | Path) -> Iterator[None]:
+    """Hold an output directory for one run. Raises OutputError where another run holds it.
+
+    A URI is held on this machine only: an object store has no locks.
+    """
+    place = storage.workplace(output_dir)
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.parent / f".{place.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise OutputError(f"{place}: another run is writing here; wait for it or choose another output_dir") from None
+        raise OutputError(
+            f"{output_dir}: another run is writing here; wait for it or choose another output_dir"
+        ) from None
     try:
         yield
     finally:
@@ -251,9 +265,11 @@ def difference(found: Manifest, config: Mapping[str, Any], inputs: Mapping[str, 
 
 def _finished(work: Stage) -> Manifest | None:
     place = work.place
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    if not storage.children(place) and not storage.workplace(place).is_file():
         return None
     found = read(place)
+    if found is None and storage.exists(storage.join(place, storage.UNFINISHED)):
+        return None  # an upload of ours that was cut short
     if found is None:
         raise OutputError(
             f"{place}: exists and is not a finished output of Paddock; choose another output_dir or overwrite=true"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from paddock import manifest
+from paddock import manifest, storage
 from paddock.config import MergeConfig
 from paddock.convert import write_meta
 from paddock.errors import ModelError
@@ -28,8 +28,8 @@ from paddock.weights import plan_shards, read_object, write_index, write_object
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file")
 
 
-def merge(config: MergeConfig) -> Path:
-    """Merge as configured; return the model's directory.
+def merge(config: MergeConfig) -> str | Path:
+    """Merge as configured; return where the model stands.
 
     Raises ModelError where base and adapters do not fit together or the result is not what PEFT computes,
     OutputError where the place is taken.
@@ -53,7 +53,7 @@ def merge(config: MergeConfig) -> Path:
         directory = stage.directory / ".huggingface" if meta else stage.directory
         directory.mkdir(exist_ok=True)
         started = time.monotonic()
-        norms = _write_shards(plan, shards, directory, config.num_workers)
+        norms = _write_shards(plan, shards, directory, _num_workers(config))
         write_index(directory, shards, plan.infos)
         _write_files(plan, directory)
         seconds = time.monotonic() - started
@@ -87,7 +87,7 @@ def plan_text(config: MergeConfig) -> str:
 
 def _plan(config: MergeConfig) -> Plan:
     dtype = getattr(torch, config.dtype) if config.dtype else None
-    return make_plan(config.base_model, [Path(directory) for directory in config.lora_model], dtype)
+    return make_plan(storage.fetch(config.base_model), [storage.fetch(d) for d in config.lora_model], dtype)
 
 
 def _inputs(config: MergeConfig) -> dict[str, str]:
@@ -95,6 +95,14 @@ def _inputs(config: MergeConfig) -> dict[str, str]:
     for number, directory in enumerate(config.lora_model):
         inputs[f"lora_model.{number}"] = manifest.fingerprint(directory)
     return inputs
+
+
+def _num_workers(config: MergeConfig) -> int:
+    """Other nodes see neither the local copy of what is at a URI nor what is on its way there."""
+    here = any(storage.is_uri(path) for path in (config.base_model, *config.lora_model, config.output_dir))
+    if here and config.num_workers > 1:
+        print("merge: num_workers is for paths that all nodes share; with a URI one process writes", flush=True)
+    return 1 if here else config.num_workers
 
 
 def _write_shards(plan: Plan, shards: dict[str, list[str]], directory: Path, num_workers: int) -> dict[str, float]:

@@ -53,9 +53,9 @@ class PackingReport:
     blocks: int = 0
     fill: float = 0.0
     """The share of the blocks' positions that hold a token."""
-    truncated: Counter[str] = field(default_factory=Counter)
+    truncated: dict[str, int] = field(default_factory=dict)
     """Rows whose prompt lost its middle, by task."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """Rows whose answer alone does not fit, by task."""
 
 
@@ -99,12 +99,13 @@ def pack(tokenizer: Any, template: Template, rows: Sequence[Row], max_seq_length
     """Tokenise rows, pack them and write the blocks. Raises DataError where no row is left."""
     report = PackingReport()
     kept: list[TokenRow] = []
+    truncated, dropped = Counter[str](), Counter[str]()
     for row in rows:
         tokens, cut = token_row(tokenizer, template, row, max_seq_length)
         if cut:
-            report.truncated[row.task_dataset] += 1
+            truncated[row.task_dataset] += 1
         if tokens is None:
-            report.dropped[row.task_dataset] += 1
+            dropped[row.task_dataset] += 1
         else:
             kept.append(tokens)
     if not kept:
@@ -119,6 +120,7 @@ def pack(tokenizer: Any, template: Template, rows: Sequence[Row], max_seq_length
         columns["row_ids"].append([row.row_id for row in members])
     pq.write_table(pa.table(columns, schema=_SCHEMA), file)
     report.rows, report.blocks = len(kept), len(blocks)
+    report.truncated, report.dropped = dict(truncated), dict(dropped)
     report.tokens = sum(len(row.input_ids) for row in kept)
     report.supervised_tokens = sum(label != IGNORE for row in kept for label in row.labels)
     report.fill = report.tokens / (len(blocks) * max_seq_length)

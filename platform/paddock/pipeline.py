@@ -6,6 +6,7 @@ assets -> base -> train -> merge -> serve + predict + HTTP (tuned) -> serve + pr
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,15 +19,17 @@ import httpx
 import openai
 from ray import serve
 
-from paddock import cluster, engine, manifest, prompts, service
-from paddock.config import DemoConfig, MergeConfig, PredictConfig
+from paddock import cluster, engine, manifest, prompts, service, storage
+from paddock.config import DemoConfig, MergeConfig, PredictConfig, TrainConfig
 from paddock.data import Row, read_rows
 from paddock.demo.prepare import ensure
+from paddock.errors import ConfigError
 from paddock.ledger import Ledger
 from paddock.merge import merge
 from paddock.predict import ledger_key, predict, read_test
 from paddock.report import Run, write_report
 from paddock.scoring import parse_predictions, profile_of, score
+from paddock.submission import ARCHIVE, PREDICTIONS, RESULTS
 from paddock.train import check, train
 
 _HOST = "127.0.0.1"
@@ -61,6 +64,8 @@ class Summary:
 
 def run(config: DemoConfig) -> Summary:
     """Train, merge, serve, predict and score; write `summary.json` and `report.html` into `output_dir`."""
+    if storage.is_uri(config.output_dir):
+        raise ConfigError(f"output_dir: {config.output_dir}: the demo writes to a local directory; its jobs take URIs")
     output = Path(config.output_dir)
     summary = Summary(report=str(output / "report.html"))
     with summary.stage("assets"):
@@ -70,7 +75,7 @@ def run(config: DemoConfig) -> Summary:
     started = cluster.connect()
     try:
         with summary.stage("train"):
-            summary.checkpoint = str(train(config))
+            summary.checkpoint = str(train(_train_config(config)))
         with summary.stage("merge"):
             tuned = merge(_tuned(config, summary.checkpoint))
             proof = manifest.check(tuned, "model").extra["merged_vs_adapter"]
@@ -82,6 +87,9 @@ def run(config: DemoConfig) -> Summary:
     finally:
         cluster.disconnect(started)
     with summary.stage("report"):
+        # The submission stands beside the summary, where one looks first.
+        for name in (PREDICTIONS, RESULTS, ARCHIVE):
+            shutil.copyfile(output / "predictions" / "tuned" / name, output / name)
         write_report(
             summary.report,
             f"Paddock: {output.name}",
@@ -106,6 +114,11 @@ def _gold(config: DemoConfig) -> list[Row]:
     read_test(_predict_config(config, "tuned", config.model.path))
     rows = read_rows(config.data.test or "", config.data.format, unique_ids=True)
     return rows if all(row.target for row in rows) else []
+
+
+def _train_config(config: DemoConfig) -> TrainConfig:
+    """What `jobs.train` would read: how the result is predicted later is no part of the run."""
+    return TrainConfig(**{name: getattr(config, name) for name in TrainConfig.model_fields})
 
 
 def _tuned(config: DemoConfig, checkpoint: str) -> MergeConfig:
@@ -151,7 +164,8 @@ def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], http: d
     serve.delete(name)  # the next model gets the cores and the route
     said = [replace(row, target=text) for row, text in zip(rows, texts, strict=True)]
     profile = profile_of(rows)
-    parsed = parse_predictions(said, profile)
+    cut = {p.sample_id for p in predictions.values() if p.finish_reason == "length"}
+    parsed = parse_predictions(said, profile, truncated=cut)
     return Run(name, said, parsed, score(parsed.results, gold, profile) if gold else None)
 
 
@@ -167,7 +181,8 @@ def _same_over_http(config: PredictConfig, url: str, asked: list[tuple[Row, str]
     for row, text in asked:
         body = {"instruction": row.instruction, "input": row.input, "parameters": sampling}
         answer = httpx.post(f"{url}/generate", json=body, timeout=300).raise_for_status().json()["generated_text"]
-        completion = client.completions.create(model=model, prompt=template.render(row), **sampling)
+        # vLLM's parameters are more than the client knows.
+        completion = client.completions.create(model=model, prompt=template.render(row), extra_body=sampling)
         completed = prompts.answer(completion.choices[0].text)
         print(f"{row.sample_id} ({row.task_dataset}): {text[:60]!r}", flush=True)
         if not answer == completed == text:
@@ -176,7 +191,7 @@ def _same_over_http(config: PredictConfig, url: str, asked: list[tuple[Row, str]
     return same
 
 
-def _provenance(config: DemoConfig, tuned: Path) -> dict[str, object]:
+def _provenance(config: DemoConfig, tuned: str | Path) -> dict[str, object]:
     merged = manifest.check(tuned, "model")
     return {
         "created by": merged.created_by,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, replace
@@ -22,7 +21,7 @@ from ray import serve
 from ray.exceptions import RayError
 from tqdm import tqdm
 
-from paddock import cluster, engine, lora, manifest, prompts, service
+from paddock import cluster, engine, lora, manifest, prompts, service, storage
 from paddock.config import PredictConfig
 from paddock.data import Row, content_hash, read_rows, write_records
 from paddock.errors import ConfigError, PaddockError, ServiceError
@@ -34,7 +33,7 @@ from paddock.submission import PREDICTIONS, write_submission
 _ROWS_PER_BATCH = 8
 
 
-def predict(config: PredictConfig) -> Path:
+def predict(config: PredictConfig) -> str | Path:
     """Predict `data.test` and return `output_dir`, which holds the ledger and the submission.
 
     Raises a PaddockError before anything starts for whatever is wrong by then, and ServiceError where the
@@ -42,10 +41,10 @@ def predict(config: PredictConfig) -> Path:
     """
     rows = read_test(config)
     key = ledger_key(config, rows)
-    output = Path(config.output_dir)
+    output = storage.join(config.output_dir)
     with manifest.locked(output):
         if config.overwrite:
-            shutil.rmtree(output, ignore_errors=True)
+            storage.remove(output)
         finished = manifest.read(output)
         ledger = Ledger(output, key)
         pending = ledger.pending(len(rows), retry_quarantined=config.predict.retry_quarantined)
@@ -54,7 +53,8 @@ def predict(config: PredictConfig) -> Path:
             print(f"{output}: already predicted with this configuration; nothing to do")
             return output
         # While rows are missing the directory is not finished, whatever it was before.
-        (output / manifest.NAME).unlink(missing_ok=True)
+        for directory in (output, ledger.directory):
+            storage.remove(storage.join(directory, manifest.NAME))
         if pending:
             started = cluster.connect()
             try:
@@ -156,7 +156,7 @@ class Feeder:
                 ids = prompts.prompt_ids(self.tokenizer, self.template, row)
                 generation = await self._ask(ids, f"{row.sample_id}-{index}")
             except (ValueError, TimeoutError) as refused:
-                error = " ".join(str(refused).split()) or type(refused).__name__
+                error = _line(refused)
         return Prediction(
             row_index=index,
             sample_id=row.sample_id,
@@ -181,8 +181,7 @@ class Feeder:
                     if isinstance(error, TimeoutError):
                         raise
                     raise ServiceError(
-                        f"the service does not answer ({' '.join(str(error).split())[:300]});"
-                        " what is done is kept: start again when it is up"
+                        f"the service does not answer ({_line(error)}); what is done is kept: start again when it is up"
                     ) from None
                 # Full jitter: callers that failed together do not come back together.
                 await asyncio.sleep(random.uniform(0, 2**attempt))
@@ -208,14 +207,21 @@ def _finish(config: PredictConfig, rows: list[Row], ledger: Ledger, key: dict[st
         {"model": key["model"], "data.test": key["data"]},
         {"rows": len(rows), "predicted": len(rows) - quarantined, "quarantined": quarantined},
     )
-    print(f"{ledger.directory}: {len(rows)} rows, {quarantined} in quarantine", flush=True)
+    ledger.publish()
+    print(f"{ledger.location}: {len(rows)} rows, {quarantined} in quarantine", flush=True)
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line: of what Ray wrapped in a replica's traceback, only the error."""
+    inner = getattr(error, "cause", None) or error
+    return " ".join(str(inner).split())[:500] or type(inner).__name__
 
 
 def _user_error(error: BaseException) -> BaseException:
     """The PaddockError inside what Ray wrapped it in, or the error itself."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, PaddockError):
-            return ServiceError(str(inner).splitlines()[-1]) if isinstance(inner, RayError) else inner
+        if isinstance(inner, PaddockError) and not isinstance(inner, RayError):
+            return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
     return error

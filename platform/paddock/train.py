@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -80,7 +79,7 @@ def train(config: TrainConfig) -> str | Path:
             hashed = run_config(config)
             last = checkpoint.path(run, config.train.max_steps)
             found = checkpoint.find_last(run, hashed, inputs)
-            if found is not None and found.name == os.path.basename(last):
+            if found is not None and found.name == Path(last).name:
                 print(f"{last}: already trained with this configuration; nothing to do")
                 return last
             pack_rows(config, inputs)
@@ -313,11 +312,12 @@ class Journal:
         self.run, self.first_step, self.max_steps = run, first_step, max_steps
         self.directory = storage.workplace(run)
         if storage.is_uri(run):
-            shutil.rmtree(self.directory, ignore_errors=True)
+            storage.remove(self.directory)
             self.directory.mkdir(parents=True)
-            told = storage.join(run, "metrics.jsonl")
-            if storage.exists(told):
-                shutil.copyfile(storage.fetch(told), self.directory / "metrics.jsonl")
+            earlier = storage.join(run, "metrics.jsonl")
+            if storage.exists(earlier):
+                with storage.reading(earlier) as stream:
+                    (self.directory / "metrics.jsonl").write_bytes(stream.read())
         self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
         self.begun = time.monotonic()
@@ -336,7 +336,7 @@ class Journal:
             self.tensorboard.add_scalar(name, value, step)
 
     def publish(self) -> None:
-        """Let the files be where the run is; the tensorboard of an earlier attempt is another file."""
+        """Let the files be where the run is; an earlier attempt's TensorBoard events are another file."""
         if storage.is_uri(self.run):
             self.tensorboard.flush()
             storage.upload(self.directory, self.run)
@@ -344,4 +344,3 @@ class Journal:
     def close(self) -> None:
         self.file.close()
         self.tensorboard.close()
-        self.publish()

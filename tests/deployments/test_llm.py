@@ -1,9 +1,7 @@
-"""The service as it runs: Serve, a replica, vLLM, and clients. Started once, for all of this file."""
+"""The service as it runs: Serve, a replica, vLLM, and clients."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 from ray import serve
 from transformers import AutoTokenizer
 
-import deployments
 from paddock import manifest, prompts
 from paddock.data import Row, read_rows
 
@@ -49,23 +46,10 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: object, assets: Path) -> Iterator[Service]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    model = assets / "base"
-    app = deployments.app(
-        {
-            "model": str(model),
-            "engine": {"dtype": "float32", "max_model_len": 512},
-            "autoscaling": {"max_replicas": 1},
-            "ray_actor_options": {"num_cpus": 0.5},
-        }
-    )
-    handle = serve.run(app, name="live", route_prefix="/")
-    yield Service(f"http://127.0.0.1:{port}", handle, model, AutoTokenizer.from_pretrained(model))
-    serve.shutdown()
+def service(service: Any, base_model: Path) -> Service:
+    """The session's service, as its clients see it."""
+    handle = serve.get_app_handle(service.app_name)
+    return Service(service.url, handle, base_model, AutoTokenizer.from_pretrained(base_model))
 
 
 @pytest.fixture(scope="module")

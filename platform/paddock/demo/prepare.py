@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from paddock import manifest
+from paddock import manifest, storage
 from paddock.config import MergeConfig, TrainConfig
 from paddock.demo import make_assets
 from paddock.merge import merge
@@ -27,9 +27,9 @@ def ensure(config: TrainConfig) -> None:
         return
     wanted = (config.data.train, config.data.dev, config.data.test, *_base_inputs(config))
     below = [path for path in wanted if path is not None and _is_below(path, config.demo_assets)]
-    if any(not Path(path).exists() for path in below):
+    if any(not storage.exists(path) for path in below):
         write_assets(config.demo_assets)
-    if not Path(config.model.path).exists() and _is_below(config.model.path, config.output_dir):
+    if not storage.exists(config.model.path) and _is_below(config.model.path, config.output_dir):
         merge(base_config(config))
 
 
