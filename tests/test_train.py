@@ -23,7 +23,7 @@ def tree(demo_tree: dict[str, Any], base_model: Path, assets: Path, tmp_path: Pa
     """jobs/configs/demo.yaml on the session's model, four steps of short blocks."""
     demo_tree |= {"output_dir": str(tmp_path / "run"), "model": {"path": str(base_model)}, "demo_assets": None}
     demo_tree["data"] = {"train": str(assets / "data" / "train.json"), "dev": str(assets / "data" / "dev.json")}
-    demo_tree["lora"] = {"r": 2}
+    demo_tree["lora"] = {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
     demo_tree["train"] |= {"max_seq_length": 512, "max_steps": 4, "save_steps": 2, "eval_steps": 4, "logging_steps": 1}
     demo_tree["scaling"]["resources_per_worker"] = {"CPU": 0.5}
     return demo_tree
@@ -77,6 +77,17 @@ def test_the_runs_identity_is_the_steps_batch_not_its_split(tree: dict[str, Any]
 
     assert identity(1, 1, 4) == identity(2, 2, 1) == identity(4, 1, 1)
     assert identity(1, 1, 4) != identity(1, 1, 2)
+
+
+def test_a_run_is_identified_by_what_its_inputs_say(tree: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "template.txt"
+    tree["prompt"] = {"template": str(file)}
+
+    def inputs(text: str) -> dict[str, str]:
+        file.write_text(text, encoding="utf-8")
+        return train.check(build(TrainConfig, tree))
+
+    assert inputs("Q: {input}\n") != inputs("A: {input}\n")
 
 
 class TestRefusals:

@@ -102,7 +102,7 @@ class DataConfig(Settings):
 class PromptConfig(Settings):
     """How a row becomes a prompt."""
 
-    template: str = "promptcblue"
+    template: How[str] = "promptcblue"
     """A template's name (promptcblue, alpaca), or a file with `{input}` and perhaps `{instruction}`."""
 
 

@@ -10,7 +10,6 @@ how fast a run is, not what it learns.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
-from tensorboardX import SummaryWriter
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler, set_seed
@@ -32,6 +30,7 @@ from paddock import checkpoint, cluster, lora, manifest, packing, storage
 from paddock.config import TrainConfig
 from paddock.data import content_hash, read_rows
 from paddock.errors import ConfigError, ModelError, PaddockError
+from paddock.journal import Journal
 from paddock.prompts import load_template
 
 
@@ -94,14 +93,18 @@ def check(config: TrainConfig) -> dict[str, str]:
     """Everything that can be refused before Ray is asked; returns the inputs' fingerprints."""
     if config.data.train is None:
         raise ConfigError("data.train: is required; give the file of training rows as data.train=FILE")
-    load_template(config.prompt.template)
+    template = load_template(config.prompt.template)
     lora.lora_config(config.lora)
     lora.check_base(config.model.path)
     lora.load_tokenizer(config.model.path)
     rows = read_rows(config.data.train, config.data.format, require_target=True)
     if config.data.dev is not None:
         read_rows(config.data.dev, config.data.format, require_target=True)
-    return {"model": manifest.fingerprint(config.model.path), "data.train": content_hash(rows)}
+    return {
+        "model": manifest.fingerprint(config.model.path),
+        "data.train": content_hash(rows),
+        "prompt": template.text,
+    }
 
 
 def run_config(config: TrainConfig) -> dict[str, Any]:
@@ -117,19 +120,20 @@ def run_config(config: TrainConfig) -> dict[str, Any]:
 
 def pack_rows(config: TrainConfig, inputs: Mapping[str, str]) -> str | Path:
     """Tokenise and pack the training and dev rows into `RUN/packed/`."""
-    what = {"prompt": config.prompt.template, "max_seq_length": config.train.max_seq_length, "dev": config.data.dev}
+    rows = {"train": read_rows(config.data.train or "", config.data.format, require_target=True)}
+    if config.data.dev is not None:
+        rows["dev"] = read_rows(config.data.dev, config.data.format, require_target=True)
+        inputs = {**inputs, "data.dev": content_hash(rows["dev"])}
+    what = {"max_seq_length": config.train.max_seq_length}
     packed = storage.join(config.output_dir, "packed")
     with manifest.stage(packed, kind="packed", config=what, inputs=inputs, overwrite=config.overwrite) as work:
         if work.finished:
             return packed
         tokenizer = lora.load_tokenizer(config.model.path)
         template = load_template(config.prompt.template)
-        for split, file in (("train", config.data.train), ("dev", config.data.dev)):
-            if file is None:
-                continue
-            rows = read_rows(file, config.data.format, require_target=True)
+        for split, members in rows.items():
             report = packing.pack(
-                tokenizer, template, rows, config.train.max_seq_length, work.directory / f"{split}.parquet"
+                tokenizer, template, members, config.train.max_seq_length, work.directory / f"{split}.parquet"
             )
             work.extra[split] = asdict(report)
             print(
@@ -166,7 +170,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     batch: int = settings["hashed"]["train"]["global_batch_size"]
-    set_seed(recipe.seed)
+    set_seed(recipe.seed)  # the same adapter on every worker
 
     peft_model = lora.attach(lora.load_base(config.model), config.lora)
     resume_from = checkpoint.find_last(run, settings["hashed"], settings["inputs"])
@@ -182,6 +186,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         num_training_steps=recipe.max_steps,
     )
     first_step = 0
+    set_seed(recipe.seed + rank)  # each worker drops out its own
     if resume_from is not None:
         first_step = _restore(checkpoint.read_state(resume_from), optimizer, scheduler, rank)
 
@@ -303,44 +308,3 @@ def _restore(state: dict[str, Any], optimizer: Any, scheduler: Any, rank: int) -
     if rank < len(state["rng"]):
         checkpoint.set_rng_state(state["rng"][rank])
     return int(state["step"])
-
-
-class Journal:
-    """What rank 0 tells while it trains: lines, `metrics.jsonl`, TensorBoard."""
-
-    def __init__(self, run: str, first_step: int, max_steps: int) -> None:
-        self.run, self.first_step, self.max_steps = run, first_step, max_steps
-        self.directory = storage.workplace(run)
-        if storage.is_uri(run):
-            storage.remove(self.directory)
-            self.directory.mkdir(parents=True)
-            earlier = storage.join(run, "metrics.jsonl")
-            if storage.exists(earlier):
-                with storage.reading(earlier) as stream:
-                    (self.directory / "metrics.jsonl").write_bytes(stream.read())
-        self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
-        self.begun = time.monotonic()
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def log(self, step: int, **metrics: float) -> None:
-        elapsed = time.monotonic() - self.begun
-        eta = elapsed / (step - self.first_step) * (self.max_steps - step)
-        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"step {step}/{self.max_steps}  {values}  {elapsed:.0f} s, {eta:.0f} s to go")
-        self.file.write(json.dumps({"step": step, "seconds": round(elapsed, 3), **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
-
-    def publish(self) -> None:
-        """Let the files be where the run is; an earlier attempt's TensorBoard events are another file."""
-        if storage.is_uri(self.run):
-            self.tensorboard.flush()
-            storage.upload(self.directory, self.run)
-
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()

@@ -25,11 +25,12 @@ def ensure(config: TrainConfig) -> None:
     """Make the assets, and the base model merged from them, where `demo_assets` names them and they are missing."""
     if config.demo_assets is None:
         return
-    wanted = (config.data.train, config.data.dev, config.data.test, *_base_inputs(config))
+    makes_base = _is_below(config.model.path, config.output_dir) and not storage.exists(config.model.path)
+    wanted = [config.data.train, config.data.dev, config.data.test, *(_base_inputs(config) if makes_base else ())]
     below = [path for path in wanted if path is not None and _is_below(path, config.demo_assets)]
     if any(not storage.exists(path) for path in below):
         write_assets(config.demo_assets)
-    if not storage.exists(config.model.path) and _is_below(config.model.path, config.output_dir):
+    if makes_base:
         merge(base_config(config))
 
 
