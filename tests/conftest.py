@@ -29,6 +29,7 @@ import pytest
 import ray
 import yaml
 
+from paddock.cluster import disconnect
 from paddock.config import MergeConfig, ServeConfig
 from paddock.demo import make_assets
 from paddock.merge import merge
@@ -82,7 +83,7 @@ def ray_cluster() -> Iterator[Cluster]:
         runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}},
     )
     yield Cluster(context.address_info["address"], f"http://{context.dashboard_url}")
-    ray.shutdown()
+    disconnect(started=True)
 
 
 @dataclass(frozen=True)

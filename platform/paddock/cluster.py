@@ -40,6 +40,10 @@ def connect() -> bool:
 def disconnect(started: bool) -> None:
     """Stop the local Ray that `connect` started; leave a cluster that it joined."""
     if started:
+        from ray import serve
+
+        # Where there was a service, its client's threads would start another Ray to report to.
+        serve.shutdown()
         ray.shutdown()
 
 
