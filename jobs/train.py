@@ -2,6 +2,7 @@
 
     python -m jobs.train --config jobs/configs/demo.yaml
     python -m jobs.train --config jobs/configs/demo.yaml model.path=DIR data.train=FILE data.dev=FILE output_dir=DIR
+    python -m jobs.train plan --config ...               what would be done; nothing is written
     ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
         python -m jobs.train --config jobs/configs/demo.yaml
 
@@ -14,13 +15,19 @@ from __future__ import annotations
 import jobs
 from paddock.config import TrainConfig
 from paddock.demo.prepare import ensure
-from paddock.train import train
+from paddock.train import check_config, train
+from paddock.train_plan import plan_text
 
 
 def main(config: TrainConfig) -> None:
+    check_config(config)
     ensure(config)
     print(f"trained: {train(config)}")
 
 
+def plan(config: TrainConfig) -> None:
+    print(plan_text(config))
+
+
 if __name__ == "__main__":
-    jobs.run(TrainConfig, main)
+    jobs.run(TrainConfig, main, plan=plan)

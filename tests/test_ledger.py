@@ -26,6 +26,11 @@ def test_a_ledger_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.predictions()[2] == _row(2)
 
 
+def test_nothing_is_written_before_the_first_shard(tmp_path: Path) -> None:
+    assert Ledger(tmp_path / "p", KEY).pending(1) == [0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quarantine_is_kept_named_and_can_be_retried(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "p", KEY)
     ledger.append([_row(0), _row(1, "", "太长")])
@@ -57,7 +62,7 @@ def test_foreign_files_and_damage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(OutputError, match=r"no ledger\.json"):
         Ledger(tmp_path, KEY)
-    Ledger(tmp_path / "p", KEY)
+    Ledger(tmp_path / "p", KEY).append([_row(0)])
     (tmp_path / "p" / "ledger.json").write_text("{")
     with pytest.raises(OutputError, match="damaged"):
         Ledger(tmp_path / "p", KEY)

@@ -82,7 +82,30 @@ def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "m" / "mine").write_text("x")
     with pytest.raises(OutputError, match="not a finished output"):
         _make(tmp_path / "m")
+    with pytest.raises(OutputError, match="not a finished output"):
+        _make(tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "mine").read_text() == "x"
+
+
+def test_an_output_does_not_stand_in_or_around_its_input(tmp_path: Path) -> None:
+    for output in (tmp_path / "a", tmp_path / "a" / "b", tmp_path):
+        with pytest.raises(OutputError, match="overlaps with the input"):
+            manifest.apart(output, str(tmp_path / "a"))
+    manifest.apart(tmp_path / "ab", tmp_path / "a")
+
+
+def test_what_has_a_manifest_of_its_own_is_no_part(tmp_path: Path) -> None:
+    _make(tmp_path / "m" / "scores")
+    (tmp_path / "m" / "a").write_text("x")
+    assert list(manifest.scan(tmp_path / "m")) == ["a"]
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        _make(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be made"):
+        _make(tmp_path / "file" / "m")
 
 
 def test_a_second_run_on_one_place_is_refused(tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import pyarrow as pa
 import pytest
 
-from paddock import lora, manifest, packing, predict, prompts
-from paddock.config import PredictConfig, build
+from deployments import reference
+from paddock import lora, manifest, packing, predict, prompts, train
+from paddock.config import PredictConfig, TrainConfig, build
 from paddock.data import Row, read_rows, write_records
-from paddock.errors import ConfigError, DataError, OutputError
-from paddock.ledger import Ledger
+from paddock.engine import Generation
+from paddock.errors import ConfigError, DataError, OutputError, ServiceError
+from paddock.ledger import Ledger, Prediction
 
 
 @pytest.fixture
@@ -88,31 +94,79 @@ def test_a_row_that_cannot_be_answered_stops_nothing(
     assert len(records) == len(rows)
 
 
-def test_training_batch_and_http_give_the_same_token_ids(
-    tree: dict[str, Any], rows: list[Row], service: Any, base_model: Path, tmp_path: Path
-) -> None:
-    """What the model was given, as each path itself tells it."""
-    import httpx
+class Recorder:
+    """Stands where the engine does, and keeps the ids that it is handed."""
 
-    template = prompts.load_template("promptcblue")
-    tokenizer = lora.load_tokenizer(base_model)
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.given: list[list[int]] = []
+
+    async def generate(self, ids: list[int], sampling: Any, request_id: str) -> Generation:
+        self.given.append(list(ids))
+        return Generation(text="x\n", token_ids=[5], prompt_token_ids=list(ids), finish_reason="stop")
+
+    def handle(self) -> Any:
+        """A Serve handle to it, which answers with plain values."""
+
+        async def remote(*asked: Any) -> dict[str, Any]:
+            return asdict(await self.generate(*asked))
+
+        return SimpleNamespace(generate=SimpleNamespace(remote=remote))
+
+
+def test_training_batch_and_http_give_the_same_token_ids(
+    tree: dict[str, Any], rows: list[Row], base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each path hands on, taken where it does: packed blocks, the handle's requests, the engine's."""
     rows[0] = replace(rows[0], input="  甲</s>乙<s>答：\n丙 \n答：")
-    write_records(tmp_path / "test.json", [row.as_record() for row in rows])
-    packing.pack(tokenizer, template, rows, 1024, tmp_path / "packed.parquet")
+    records = [row.as_record() for row in rows]
+    write_records(tmp_path / "test.json", records)
+    packed = train.pack_rows(
+        build(
+            TrainConfig,
+            {
+                "output_dir": str(tmp_path / "run"),
+                "model": tree["model"],
+                "data": {"train": str(tmp_path / "test.json")},
+            },
+        ),
+        {},
+    )
     trained: dict[str, list[int]] = {}
-    for block in packing.PackedBlocks(tmp_path / "packed.parquet").table.to_pylist():
+    for block in packing.PackedBlocks(Path(packed) / "train.parquet").table.to_pylist():
         starts = [i for i, position in enumerate(block["position_ids"]) if position == 0]
         for row_id, start, end in zip(block["row_ids"], starts, [*starts[1:], None], strict=True):
-            labels = block["labels"][start:end]
-            prompt_length = sum(label == packing.IGNORE for label in labels)
+            prompt_length = sum(label == packing.IGNORE for label in block["labels"][start:end])
             trained[row_id] = block["input_ids"][start:end][:prompt_length]
 
     config = build(PredictConfig, tree)
-    predicted = Ledger(_predict(tree), predict.ledger_key(config, predict.read_test(config))).predictions()
+    template = prompts.load_template("promptcblue")
+    batch = Recorder(lora.load_tokenizer(base_model))
+    monkeypatch.setattr(predict.serve, "get_app_handle", lambda name: batch.handle())
+    asked = [{"row_index": i, **asdict(row)} for i, row in enumerate(predict.read_test(config))]
+
+    async def feed() -> None:
+        async for _ in predict.Feeder(config, "any", template)(pa.Table.from_pylist(asked)):
+            pass
+
+    asyncio.run(feed())
+    http = Recorder(lora.load_tokenizer(base_model))
+    for row in rows:
+        body = json.dumps({"input": row.input, "parameters": {}}).encode()
+        answer = asyncio.run(reference.generate(http, template, {}, body))
+        assert answer.status_code == 200
+    expected = [trained[row.sample_id] for row in rows]
+    assert batch.given == expected
+    assert http.given == expected
+
+
+def test_vllm_is_given_the_ids_that_were_trained(service: Any, rows: list[Row], base_model: Path) -> None:
+    """The string prompt and the chat message go through vLLM's own app, which says what it gave the model."""
+    template = prompts.load_template("promptcblue")
+    tokenizer = lora.load_tokenizer(base_model)
     model = httpx.get(f"{service.url}/v1/models").json()["data"][0]["id"]
-    for index, row in enumerate(rows):
-        ids = trained[row.sample_id]
-        assert predicted[index].prompt_tokens == len(ids)
+    for row in rows[:4]:
+        ids, _ = prompts.example_ids(tokenizer, template, row)
         for path, body in (
             ("completions", {"prompt": template.render(row)}),
             ("chat/completions", {"messages": [{"role": "user", "content": row.input}]}),
@@ -121,6 +175,23 @@ def test_training_batch_and_http_give_the_same_token_ids(
             answer = httpx.post(f"{service.url}/v1/{path}", json=asked, timeout=60).json()
             given = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
             assert given == ids, path
+
+
+def test_what_was_answered_before_the_service_went_is_kept(
+    tree: dict[str, Any], rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build(PredictConfig, {**tree, "predict": {"rows_per_shard": 100}})
+    key = predict.ledger_key(config, predict.read_test(config))
+
+    def stream(*_: Any) -> Any:
+        for index in range(5):
+            yield Prediction(index, rows[index].sample_id, "x", "stop", 1, 1, 0.1, None)
+        raise ServiceError("gone")
+
+    monkeypatch.setattr(predict, "_stream", stream)
+    with pytest.raises(ServiceError):
+        predict._predict_pending(config, rows, list(range(20)), "any", Ledger(config.output_dir, key))
+    assert Ledger(config.output_dir, key).pending(20) == list(range(5, 20))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from paddock import checkpoint, lora, manifest, packing, train
 from paddock.config import LoraPart, ModelConfig, TrainConfig, build
 from paddock.data import read_rows, write_records
 from paddock.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
+from paddock.train_plan import plan_text
 
 
 @pytest.fixture
@@ -90,6 +91,16 @@ def test_a_run_is_identified_by_what_its_inputs_say(tree: dict[str, Any], tmp_pa
     assert inputs("Q: {input}\n") != inputs("A: {input}\n")
 
 
+def test_a_plan_tells_what_would_be_done(tree: dict[str, Any]) -> None:
+    tree["train"]["max_seq_length"] = 40
+    text = plan_text(build(TrainConfig, tree))
+    assert "of 2400" in text
+    assert "4 of 2 blocks on 2 worker(s)" in text
+    assert "PromptCBLUE allows 1%" in text
+    assert "IMCS-V2-MRG" in text  # the longest rows do not fit
+    assert not Path(tree["output_dir"]).exists()
+
+
 class TestRefusals:
     """Each before Ray is asked, and with nothing written."""
 
@@ -150,7 +161,7 @@ def test_two_workers_train_stop_and_go_on_exactly(
     with pytest.raises(OutputError, match=r"train\.learning_rate was 0\.\d+ and is now 1\.0"):
         train.train(build(TrainConfig, tree))
 
-    # A run that lost its last checkpoint ends where the uninterrupted one did, bit for bit, on one worker too.
+    # A run that lost its last checkpoint ends where the uninterrupted one did, bit for bit.
     (last / "adapter_model.safetensors").write_bytes(weights[:-1])
     assert train.train(config) == last
     assert (last / "adapter_model.safetensors").read_bytes() == weights

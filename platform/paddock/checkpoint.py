@@ -44,6 +44,7 @@ def write(
     checkpoint's place is replaced; `config` and `inputs` were compared when the run started.
     """
     place = path(run, step)
+    storage.remove(place)
     with manifest.stage(place, kind="checkpoint", config=config, inputs=inputs, overwrite=True) as work:
         save_adapter(work.directory)
         (work.directory / STATE).parent.mkdir()

@@ -46,6 +46,7 @@ from paddock.weights import (
 
 def convert(config: ConvertConfig) -> str | Path:
     """Convert as configured; return where it stands. Raises ModelError where the input is not what it should be."""
+    manifest.apart(config.output_dir, config.input_dir)
     source = storage.fetch(config.input_dir)
     if not source.is_dir():
         raise ModelError(f"input_dir: {source}: no such directory; check the path")

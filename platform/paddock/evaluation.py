@@ -21,6 +21,7 @@ def score_files(config: ScoreConfig) -> dict[str, Any]:
     Raises DataError, with file and line, where a file cannot be read, gold has an empty target, or the
     predictions are not the gold's rows in their order.
     """
+    manifest.apart(config.output_dir, config.predictions, config.gold)
     predicted, gold = read_pair(config.predictions, config.gold, config.profile)
     inputs = {name: manifest.fingerprint(getattr(config, name)) for name in ("predictions", "gold")}
     with manifest.stage(

@@ -50,18 +50,14 @@ class Ledger:
     """The predictions of one test set by one model, prompt and sampling."""
 
     def __init__(self, directory: str | Path, key: Mapping[str, Any]) -> None:
-        """Open or begin a ledger. Raises OutputError where the directory holds another one."""
+        """Open a ledger; nothing is written before the first shard. Raises OutputError where another one is there."""
         self.location = directory
         self.directory = storage.workplace(directory)
         if storage.is_uri(directory):
             storage.mirror(directory, self.directory)
         self.shards = self.directory / "shards"
-        self._refuse_another(dict(key))
-        self.shards.mkdir(parents=True, exist_ok=True)
-        (self.directory / "ledger.json").write_text(_pretty(key), encoding="utf-8")
-        self._upload("ledger.json")
-        for partial in self.shards.glob(".*"):
-            partial.unlink()
+        self.key = dict(key)
+        self._refuse_another(self.key)
 
     def _refuse_another(self, key: dict[str, Any]) -> None:
         file = self.directory / "ledger.json"
@@ -84,7 +80,11 @@ class Ledger:
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Write a shard of predictions."""
-        taken = [int(file.stem) for file in self.shards.glob("*.parquet")]
+        if not self.shards.is_dir():
+            self.shards.mkdir(parents=True)
+            (self.directory / "ledger.json").write_text(_pretty(self.key), encoding="utf-8")
+            self._upload("ledger.json")
+        taken = [int(file.stem) for file in self.shards.glob("[0-9]*.parquet")]
         file = self.shards / f"{max(taken, default=-1) + 1:06d}.parquet"
         partial = file.with_name(f".{file.name}")
         pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema=_SCHEMA), partial)
@@ -103,7 +103,7 @@ class Ledger:
     def predictions(self) -> dict[int, Prediction]:
         """Every row that was tried, by its index."""
         found: dict[int, Prediction] = {}
-        for file in sorted(self.shards.glob("*.parquet")):
+        for file in sorted(self.shards.glob("[0-9]*.parquet")):
             for record in pq.read_table(file).to_pylist():
                 found[record["row_index"]] = Prediction(**record)
         return found

@@ -33,6 +33,8 @@ def check_base(path: str | Path) -> None:
         raise ModelError(f"model.path: {path}: no such directory; convert or merge a model into it first")
     if not storage.exists(storage.join(path, "config.json")):
         raise ModelError(f"model.path: {path}: no config.json, so not a Hugging Face model directory")
+    if not any(name.endswith((".safetensors", ".bin")) for name in storage.children(path)):
+        raise ModelError(f"model.path: {path}: no weights (*.safetensors or *.bin) beside config.json; copy them there")
     if manifest.read(path) is not None:
         manifest.check(path, "model")
 
@@ -46,8 +48,12 @@ def load_tokenizer(path: str | Path) -> Any:
     directory = storage.fetch(path, only=(*TOKENIZER_FILES, "config.json"))
     if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise ModelError(f"{path}: neither tokenizer.model nor tokenizer.json; copy the tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    except Exception as error:  # sentencepiece, tokenizers and json each raise their own
+        told = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: its tokenizer or config.json cannot be read ({told}); copy them again") from None
     if len(tokenizer) > vocab_size:
         raise ModelError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows;"
@@ -79,6 +85,17 @@ def lora_config(part: LoraPart) -> LoraConfig:
         return LoraConfig(task_type="CAUSAL_LM", **values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: refused by peft: {error}") from None
+
+
+def check_targets(model: ModelConfig, part: LoraPart) -> tuple[int, int]:
+    """Attach the adapter to the model's outline, without weights: (trainable, all) parameters.
+
+    Raises ModelError where `lora.target_modules` matches nothing.
+    """
+    config = AutoConfig.from_pretrained(storage.fetch(model.path, only=("config.json",)))
+    with torch.device("meta"):
+        trainable, total = attach(AutoModelForCausalLM.from_config(config), part).get_nb_trainable_parameters()
+    return trainable, total
 
 
 def attach(base: Any, part: LoraPart) -> PeftModel:

@@ -139,8 +139,10 @@ def sha256(file: str | Path) -> str:
 
 
 def scan(directory: Path) -> dict[str, FileEntry]:
-    """Every file below a directory, in the order of its path, without the manifest."""
+    """Every file below a directory, in the order of its path, without its manifest and what has one of its own."""
+    nested = [f.parent for f in directory.rglob(NAME) if f.parent != directory]
     files = sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / NAME)
+    files = [f for f in files if not any(f.is_relative_to(part) for part in nested)]
     return {f.relative_to(directory).as_posix(): FileEntry(f.stat().st_size, sha256(f)) for f in files}
 
 
@@ -186,7 +188,9 @@ def stage(
             inputs=dict(inputs),
             finished=None,
         )
-        if not overwrite:
+        if overwrite:
+            _refuse_foreign(work.place)
+        else:
             work.finished = _finished(work)
         if work.finished is not None:
             print(f"{work.place}: already made with this configuration; nothing to do")
@@ -235,7 +239,12 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     A URI is held on this machine only: an object store has no locks.
     """
     place = storage.workplace(output_dir)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output_dir}: cannot be made ({error.strerror}: {error.filename})") from None
+    if place.is_file():
+        raise OutputError(f"{output_dir}: is a file; output_dir names a directory")
     lock = FileLock(place.parent / f".{place.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -263,17 +272,27 @@ def difference(found: Manifest, config: Mapping[str, Any], inputs: Mapping[str, 
     return None
 
 
+def apart(output_dir: str | Path, *inputs: str | Path) -> None:
+    """Raise OutputError where an output would stand in, around or instead of one of its inputs."""
+    place = str(storage.join(output_dir))
+    for path in map(str, inputs):
+        if place == path or path.startswith(f"{place}/") or place.startswith(f"{path}/"):
+            raise OutputError(f"output_dir: {place}: overlaps with the input {path}; choose another output_dir")
+
+
+def _refuse_foreign(place: str | Path) -> None:
+    """Raise OutputError where a directory holds anything that no stage of ours wrote."""
+    ours = (NAME, storage.UNFINISHED)
+    if storage.children(place) and not any(storage.exists(storage.join(place, name)) for name in ours):
+        raise OutputError(f"{place}: exists and is not a finished output of Paddock; choose another output_dir")
+
+
 def _finished(work: Stage) -> Manifest | None:
     place = work.place
-    if not storage.children(place) and not storage.workplace(place).is_file():
-        return None
+    _refuse_foreign(place)
     found = read(place)
-    if found is None and storage.exists(storage.join(place, storage.UNFINISHED)):
-        return None  # an upload of ours that was cut short
     if found is None:
-        raise OutputError(
-            f"{place}: exists and is not a finished output of Paddock; choose another output_dir or overwrite=true"
-        )
+        return None  # nothing there, or an upload of ours that was cut short
     changed = f"kind was {found.kind} and is now {work.kind}" if found.kind != work.kind else None
     changed = changed or difference(found, work.config, work.inputs)
     if changed is not None:

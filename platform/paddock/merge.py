@@ -34,6 +34,7 @@ def merge(config: MergeConfig) -> str | Path:
     Raises ModelError where base and adapters do not fit together or the result is not what PEFT computes,
     OutputError where the place is taken.
     """
+    manifest.apart(config.output_dir, config.base_model, *config.lora_model)
     plan = _plan(config)
     shards = plan_shards(plan.infos, config.max_shard_size)
     if config.prove_prompts:
@@ -136,6 +137,8 @@ def _with_ray(plan: Plan, work: list[tuple[Path, list[OutputTensor]]], num_worke
             waiting.append(reference)
         return [ray.get(reference) for reference in found]
     except ray.exceptions.RayTaskError as error:
+        # The others end before the directory that they write into goes.
+        ray.wait(found, num_returns=len(found))
         raise error.cause from None
     finally:
         cluster.disconnect(started)

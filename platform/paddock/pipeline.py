@@ -30,7 +30,7 @@ from paddock.predict import ledger_key, predict, read_test
 from paddock.report import Run, write_report
 from paddock.scoring import parse_predictions, profile_of, score
 from paddock.submission import ARCHIVE, PREDICTIONS, RESULTS
-from paddock.train import check, train
+from paddock.train import check, check_config, train
 
 _HOST = "127.0.0.1"
 
@@ -68,12 +68,19 @@ def run(config: DemoConfig) -> Summary:
         raise ConfigError(f"output_dir: {config.output_dir}: the demo writes to a local directory; its jobs take URIs")
     output = Path(config.output_dir)
     summary = Summary(report=str(output / "report.html"))
+    if config.data.format != "promptcblue":
+        raise ConfigError(f"data.format: {config.data.format}: the demo scores the benchmark's rows; use promptcblue")
     with summary.stage("assets"):
+        check_config(config)
         ensure(config)
         check(config)
         gold = _gold(config)
     started = cluster.connect()
     try:
+        # What is asked for after the training is refused before it.
+        service.application(_predict_config(config, "base", config.model.path).service())
+        if not started and serve.status().applications:
+            raise ConfigError("Serve already runs applications on this cluster; start the demo with RAY_ADDRESS=local")
         with summary.stage("train"):
             summary.checkpoint = str(train(_train_config(config)))
         with summary.stage("merge"):
@@ -111,9 +118,10 @@ def run(config: DemoConfig) -> Summary:
 
 def _gold(config: DemoConfig) -> list[Row]:
     """The test rows with their targets, which only scoring reads; none where they have none."""
-    read_test(_predict_config(config, "tuned", config.model.path))
+    predicting = _predict_config(config, "base", config.model.path)
+    ledger_key(predicting, read_test(predicting))
     rows = read_rows(config.data.test or "", config.data.format, unique_ids=True)
-    return rows if all(row.target for row in rows) else []
+    return rows if all(row.target.strip() for row in rows) else []
 
 
 def _train_config(config: DemoConfig) -> TrainConfig:
@@ -123,7 +131,10 @@ def _train_config(config: DemoConfig) -> TrainConfig:
 
 def _tuned(config: DemoConfig, checkpoint: str) -> MergeConfig:
     return MergeConfig(
-        base_model=config.model.path, lora_model=(checkpoint,), output_dir=f"{config.output_dir}/models/tuned"
+        base_model=config.model.path,
+        lora_model=(checkpoint,),
+        output_dir=f"{config.output_dir}/models/tuned",
+        overwrite=config.overwrite,
     )
 
 
@@ -135,6 +146,7 @@ def _predict_config(config: DemoConfig, name: str, model: str) -> PredictConfig:
         serve=config.serve,
         predict=config.predict,
         output_dir=f"{config.output_dir}/predictions/{name}",
+        overwrite=config.overwrite,
     )
 
 
@@ -149,19 +161,21 @@ def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], http: d
     predicting = _predict_config(config, name, model)
     with summary.stage(f"serve {name}"):
         service.start(predicting.service(), name, http_options=http)
-    with summary.stage(f"predict {name}"):
-        directory = predict(predicting)
-    rows = read_test(predicting)
-    predictions = Ledger(directory, ledger_key(predicting, rows)).predictions()
-    texts = [prompts.answer(predictions[i].text) for i in range(len(rows))]
-    if name == "tuned":
-        summary.rows = len(rows)
-        summary.quarantined = sum(p.error is not None for p in predictions.values())
-        summary.predicted = summary.rows - summary.quarantined
-        with summary.stage("http"):
-            asked = list(zip(rows, texts, strict=True))[: config.http_rows]
-            summary.served_equals_handle = _same_over_http(predicting, f"http://{_HOST}:{http['port']}", asked)
-    serve.delete(name)  # the next model gets the cores and the route
+    try:
+        with summary.stage(f"predict {name}"):
+            directory = predict(predicting)
+        rows = read_test(predicting)
+        predictions = Ledger(directory, ledger_key(predicting, rows)).predictions()
+        texts = [prompts.answer(predictions[i].text) for i in range(len(rows))]
+        if name == "tuned":
+            summary.rows = len(rows)
+            summary.quarantined = sum(p.error is not None for p in predictions.values())
+            summary.predicted = summary.rows - summary.quarantined
+            with summary.stage("http"):
+                asked = list(zip(rows, texts, strict=True))[: config.http_rows]
+                summary.served_equals_handle = _same_over_http(predicting, f"http://{_HOST}:{http['port']}", asked)
+    finally:
+        serve.delete(name)  # the next model gets the cores and the route
     said = [replace(row, target=text) for row, text in zip(rows, texts, strict=True)]
     profile = profile_of(rows)
     cut = {p.sample_id for p in predictions.values() if p.finish_reason == "length"}

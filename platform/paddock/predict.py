@@ -24,7 +24,7 @@ from tqdm import tqdm
 from paddock import cluster, engine, lora, manifest, prompts, service, storage
 from paddock.config import PredictConfig
 from paddock.data import Row, content_hash, read_rows, write_records
-from paddock.errors import ConfigError, PaddockError, ServiceError
+from paddock.errors import ConfigError, DataError, OutputError, PaddockError, ServiceError
 from paddock.ledger import Ledger, Prediction
 from paddock.scoring import profile_of
 from paddock.submission import PREDICTIONS, write_submission
@@ -42,9 +42,10 @@ def predict(config: PredictConfig) -> str | Path:
     rows = read_test(config)
     key = ledger_key(config, rows)
     output = storage.join(config.output_dir)
+    manifest.apart(output, config.model.path, config.data.test or "")
     with manifest.locked(output):
         if config.overwrite:
-            storage.remove(output)
+            _remove_ours(output)
         finished = manifest.read(output)
         ledger = Ledger(output, key)
         pending = ledger.pending(len(rows), retry_quarantined=config.predict.retry_quarantined)
@@ -66,13 +67,23 @@ def predict(config: PredictConfig) -> str | Path:
     return output
 
 
+def _remove_ours(output: str | Path) -> None:
+    """For `overwrite`: a ledger and what was made of it; nobody else's directory."""
+    if storage.children(output) and not storage.exists(storage.join(output, "ledger.json")):
+        raise OutputError(f"{output}: holds files but no ledger.json; choose another output_dir")
+    storage.remove(output)
+
+
 def read_test(config: PredictConfig) -> list[Row]:
     """The rows to predict, without their gold."""
     if config.data.test is None:
         raise ConfigError("data.test: is required; give the file of rows to predict as data.test=FILE")
     rows = read_rows(config.data.test, config.data.format, unique_ids=True)
     if config.data.format == "promptcblue":
-        profile_of(rows)  # tasks that no profile has are refused now, not when all is predicted
+        try:
+            profile_of(rows)  # tasks that no profile has are refused now, not when all is predicted
+        except DataError as error:
+            raise DataError(f"{config.data.test}: {error}") from None
     return [replace(row, target="") for row in rows]
 
 
@@ -83,7 +94,7 @@ def ledger_key(config: PredictConfig, rows: list[Row]) -> dict[str, Any]:
     engine.sampling_params(config.predict.sampling)
     return {
         "model": manifest.fingerprint(config.model.path),
-        "dtype": config.model.dtype or config.serve.engine.get("dtype", "auto"),
+        "engine": config.service().engine,
         "prompt": prompts.load_template(config.prompt.template).text,
         "sampling": config.predict.sampling.model_dump(mode="json"),
         "data": content_hash(rows),
@@ -93,17 +104,20 @@ def ledger_key(config: PredictConfig, rows: list[Row]) -> dict[str, Any]:
 def _predict_pending(config: PredictConfig, rows: list[Row], pending: list[int], app_name: str, ledger: Ledger) -> None:
     begun, tokens = time.monotonic(), 0
     kept: list[Prediction] = []
-    with tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", desc="predict") as progress:
-        for prediction in _stream(config, rows, pending, app_name):
-            kept.append(prediction)
-            tokens += prediction.completion_tokens
-            progress.update()
-            progress.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s", refresh=False)
-            if len(kept) >= config.predict.rows_per_shard:
-                ledger.append(kept)
-                kept = []
-    if kept:
-        ledger.append(kept)
+    try:
+        with tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", desc="predict") as progress:
+            for prediction in _stream(config, rows, pending, app_name):
+                kept.append(prediction)
+                tokens += prediction.completion_tokens
+                progress.update()
+                progress.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s", refresh=False)
+                if len(kept) >= config.predict.rows_per_shard:
+                    ledger.append(kept)
+                    kept = []
+    finally:
+        # What was answered before the service went is not asked again.
+        if kept:
+            ledger.append(kept)
 
 
 def _stream(config: PredictConfig, rows: list[Row], pending: list[int], app_name: str) -> Iterator[Prediction]:
@@ -114,11 +128,11 @@ def _stream(config: PredictConfig, rows: list[Row], pending: list[int], app_name
     items = [{"row_index": i, **asdict(rows[i])} for i in pending]
     answered = ray.data.from_items(items, override_num_blocks=1).map_batches(
         Feeder,
-        fn_constructor_args=(config, app_name),
+        fn_constructor_args=(config, app_name, prompts.load_template(config.prompt.template)),
         batch_size=_ROWS_PER_BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0.1,
+        num_cpus=0,  # it waits for others, and must find room where they hold every CPU
     )
     try:
         for record in answered.iter_rows():
@@ -130,10 +144,10 @@ def _stream(config: PredictConfig, rows: list[Row], pending: list[int], app_name
 class Feeder:
     """Keeps the replicas full: rows in, predictions out, with `max_in_flight` requests open."""
 
-    def __init__(self, config: PredictConfig, app_name: str) -> None:
+    def __init__(self, config: PredictConfig, app_name: str, template: prompts.Template) -> None:
         self.predict = config.predict
         self.sampling = config.predict.sampling.model_dump()
-        self.template = prompts.load_template(config.prompt.template)
+        self.template = template
         self.tokenizer = lora.load_tokenizer(config.model.path)
         self.handle = serve.get_app_handle(app_name)
         self.open: asyncio.Semaphore | None = None

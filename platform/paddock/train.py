@@ -3,8 +3,8 @@
     packed blocks -> [forward, backward] x gradient_accumulation_steps -> AdamW -> checkpoint-N
 
 A step's loss is the sum over its supervised tokens divided by their number over all workers and
-accumulation steps; which blocks a step takes depends on the step alone. So the number of workers changes
-how fast a run is, not what it learns.
+accumulation steps, and which blocks a step takes depends on the step alone. So how a step's batch is split
+over workers and accumulation changes how fast a run is, not what it learns.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def train(config: TrainConfig) -> str | Path:
         run = config.output_dir
         with manifest.locked(run):
             if config.overwrite:
-                storage.remove(storage.join(run, "packed"))
+                for name in ("packed", "metrics.jsonl", "tensorboard"):
+                    storage.remove(storage.join(run, name))
                 checkpoint.prune(run, keep=0)
             hashed = run_config(config)
             last = checkpoint.path(run, config.train.max_steps)
@@ -89,15 +90,22 @@ def train(config: TrainConfig) -> str | Path:
         cluster.disconnect(started)
 
 
-def check(config: TrainConfig) -> dict[str, str]:
-    """Everything that can be refused before Ray is asked; returns the inputs' fingerprints."""
+def check_config(config: TrainConfig) -> None:
+    """What can be refused before any input is looked at, or made."""
     if config.data.train is None:
         raise ConfigError("data.train: is required; give the file of training rows as data.train=FILE")
-    template = load_template(config.prompt.template)
+    load_template(config.prompt.template)
     lora.lora_config(config.lora)
+
+
+def check(config: TrainConfig) -> dict[str, str]:
+    """Everything that can be refused before Ray is asked; returns the inputs' fingerprints."""
+    check_config(config)
+    template = load_template(config.prompt.template)
     lora.check_base(config.model.path)
     lora.load_tokenizer(config.model.path)
-    rows = read_rows(config.data.train, config.data.format, require_target=True)
+    lora.check_targets(config.model, config.lora)
+    rows = read_rows(config.data.train or "", config.data.format, require_target=True)
     if config.data.dev is not None:
         read_rows(config.data.dev, config.data.format, require_target=True)
     return {
