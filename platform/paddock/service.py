@@ -52,6 +52,11 @@ def find(config: ServeConfig) -> str | None:
     return None
 
 
+def application(config: ServeConfig) -> Any:
+    """The Serve application of a configuration. Raises a PaddockError where it is wrong or finds no room."""
+    return import_attr(IMPORT_PATH)(config.model_dump())
+
+
 def start(
     config: ServeConfig,
     name: str = "default",
@@ -64,7 +69,7 @@ def start(
     Raises a PaddockError where the configuration is wrong or the cluster has no room for a replica, and
     ServiceError where it does not come up within `startup_timeout_s`.
     """
-    app = import_attr(IMPORT_PATH)(config.model_dump())
+    app = application(config)
     # A line a request is for `serve run`; here a progress bar tells the same.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(http_options=http_options or {"host": "127.0.0.1"}, logging_config=quiet)
