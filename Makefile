@@ -47,4 +47,4 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv
