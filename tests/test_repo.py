@@ -30,7 +30,8 @@ ALLOWED = {
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",
     "journal": "storage",
-    "train": "checkpoint cluster config data errors journal lora manifest packing prompts storage",
+    "loss": "packing",
+    "train": "checkpoint cluster config data errors journal lora loss manifest packing prompts storage",
     "train_plan": "config data lora packing prompts train",
     # base and adapters -> a model
     "weights": "errors",

@@ -16,6 +16,7 @@ from paddock import checkpoint, lora, manifest, packing, train
 from paddock.config import LoraPart, ModelConfig, TrainConfig, build
 from paddock.data import read_rows, write_records
 from paddock.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
+from paddock.loss import SupervisedLoss
 from paddock.train_plan import plan_text
 
 
@@ -30,9 +31,9 @@ def tree(demo_tree: dict[str, Any], base_model: Path, assets: Path, tmp_path: Pa
     return demo_tree
 
 
-def _supervised_loss(base_model: Path) -> train.SupervisedLoss:
+def _supervised_loss(base_model: Path) -> SupervisedLoss:
     torch.manual_seed(0)
-    return train.SupervisedLoss(lora.attach(lora.load_base(ModelConfig(path=str(base_model))), LoraPart(r=2)))
+    return SupervisedLoss(lora.attach(lora.load_base(ModelConfig(path=str(base_model))), LoraPart(r=2)))
 
 
 @pytest.fixture

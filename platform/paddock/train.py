@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import get_scheduler, set_seed
 
 from paddock import checkpoint, cluster, lora, manifest, packing, storage
@@ -31,28 +30,8 @@ from paddock.config import TrainConfig
 from paddock.data import content_hash, read_rows
 from paddock.errors import ConfigError, ModelError, PaddockError
 from paddock.journal import Journal
+from paddock.loss import SupervisedLoss
 from paddock.prompts import load_template
-
-
-class SupervisedLoss(nn.Module):
-    """A causal LM whose forward is the summed cross-entropy of the supervised tokens.
-
-    The head only sees the positions whose next token counts: of a packed block, a small part.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """All of shape (blocks, tokens), int64; returns a float32 scalar."""
-        causal_lm = self.model.get_base_model()
-        # Without a mask and without a cache transformers reads the rows' borders off position_ids.
-        hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        next_tokens = labels[:, 1:]
-        counts = next_tokens != packing.IGNORE
-        logits = causal_lm.lm_head(hidden[:, :-1][counts])
-        return cross_entropy(logits.float(), next_tokens[counts], reduction="sum")
 
 
 def train(config: TrainConfig) -> str | Path:
