@@ -132,11 +132,11 @@ class TestRefusals:
 
     def test_too_few_cpus(self, tree: dict[str, Any], ray_cluster: Any) -> None:
         tree["scaling"] = {"num_workers": 3}
-        self._refused(tree, ResourceError, "training needs 3 CPU, the cluster has 2")
+        self._refused(tree, ResourceError, r"training needs 3 x 1 CPU, .* the cluster has 1 node of 2 CPU")
 
     def test_no_gpu(self, tree: dict[str, Any], ray_cluster: Any) -> None:
         tree["scaling"] = {"num_workers": 1, "use_gpu": True}
-        self._refused(tree, ResourceError, "training needs 1 GPU, the cluster has 0")
+        self._refused(tree, ResourceError, r"training needs 1 x 1 CPU \+ 1 GPU, .* the cluster has 1 node of 2 CPU")
 
 
 def test_two_workers_train_stop_and_go_on_exactly(

@@ -63,9 +63,9 @@ def test_a_tree_is_taken_as_well(assets: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_no_node_can_hold_is_refused(assets: Path) -> None:
-    with pytest.raises(PaddockError, match="a replica needs 100 CPU, the cluster has 2"):
+    with pytest.raises(PaddockError, match=r"a replica needs 1 x 100 CPU, .* the cluster has 1 node of 2 CPU"):
         deployments.app({"model": str(assets / "base"), "ray_actor_options.num_cpus": "100"})
-    with pytest.raises(PaddockError, match="a replica needs 1 GPU"):
+    with pytest.raises(PaddockError, match=r"a replica needs 1 x 1 CPU \+ 1 GPU"):
         deployments.app({"model": str(assets / "base"), "ray_actor_options.num_gpus": "1"})
 
 

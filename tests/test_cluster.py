@@ -1,0 +1,92 @@
+"""Joining Ray, and the arithmetic of what fits where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paddock import cluster
+from paddock.errors import ResourceError
+
+GPU = {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A cluster as Ray describes it: `small(node, ...)`, and `bootstrap` as `ray up` leaves it on the head."""
+
+    def make(*nodes: dict[str, float], bootstrap: dict[str, Any] | None = None) -> None:
+        alive = [{"Alive": True, "Resources": node} for node in nodes]
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0}}])
+        monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": 99.0, "GPU": 99.0})
+        monkeypatch.setattr(cluster.ray_state, "get_cluster_config", lambda: None)
+        file = tmp_path / "bootstrap.yaml"
+        if bootstrap is not None:
+            file.write_text(yaml.safe_dump(bootstrap))
+        monkeypatch.setattr(cluster, "_BOOTSTRAP_CONFIG", str(file))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bundles"),
+    [
+        ([{"CPU": 2.0}], [{"CPU": 1.0}] * 2),
+        ([{"CPU": 2.0}], [{"CPU": 0.1}] * 20),  # sums of tenths
+        ([{"CPU": 2.0, "GPU": 1.0}], [{"CPU": 0.5, "GPU": 0.5}] * 2),
+        ([{"CPU": 3.0}, {"CPU": 1.0}], [{"CPU": 1.0}, {"CPU": 3.0}]),
+    ],
+)
+def test_what_fits_is_not_refused(small: Any, nodes: Any, bundles: Any) -> None:
+    small(*nodes)
+    cluster.require(bundles, "training")
+
+
+def test_too_much_in_all_is_refused_with_what_there_is(small: Any) -> None:
+    small({"CPU": 2.0, "memory": 1e9, "node:10.0.0.1": 1.0})
+    with pytest.raises(ResourceError) as told:
+        cluster.require([{"CPU": 1.0}] * 3, "training")
+    assert str(told.value).startswith(
+        "training needs 3 x 1 CPU, each on one node; the cluster has 1 node of 2 CPU, so 1 of 3 would wait for ever"
+    )
+
+
+def test_a_bundle_does_not_span_nodes(small: Any) -> None:
+    small({"CPU": 2.0}, {"CPU": 2.0})
+    with pytest.raises(ResourceError, match="needs 1 x 3 CPU, each on one node"):
+        cluster.require([{"CPU": 3.0}], "a replica")
+
+
+def test_the_shipped_cluster_yaml_counts_as_what_it_can_grow_to(small: Any, root: Path) -> None:
+    shipped = yaml.safe_load((root / "cluster.yaml").read_text(encoding="utf-8"))
+    small({"node:__internal_head__": 1.0}, bootstrap=shipped)
+    assert cluster.has_gpus()
+    cluster.require([GPU] * 4, "training")
+    with pytest.raises(ResourceError, match=r"can grow to .*4 nodes of 8 CPU \+ 1 GPU, so 1 of 5 would"):
+        cluster.require([GPU] * 5, "training")
+    with pytest.raises(ResourceError, match="each on one node"):
+        cluster.require([{"CPU": 1.0, "GPU": 2.0}], "a replica")
+
+
+def test_without_an_autoscaler_there_are_no_gpus_to_come(small: Any) -> None:
+    small({"CPU": 2.0})
+    assert not cluster.has_gpus()
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("http://127.0.0.1:8265", "is where jobs are submitted"),
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("nonsense", "no Ray cluster answers there"),
+    ],
+)
+def test_an_address_that_is_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str, says: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with pytest.raises(ResourceError, match=says) as told:
+        cluster.connect()
+    assert "\n" not in str(told.value)
