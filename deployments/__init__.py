@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import ray
+import torch
 from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
@@ -95,6 +96,8 @@ def actor_options(config: ServeConfig) -> dict[str, Any]:
         cluster.require([{"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}], "a replica")
     except ConnectionError:
         joined = False  # No cluster yet; `serve run` starts one on this machine.
+        if "num_gpus" not in options and torch.cuda.device_count():
+            options["num_gpus"] = gpus
     finally:
         if joined:
             ray.shutdown()

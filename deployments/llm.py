@@ -59,6 +59,7 @@ class LLM:
         self.sampling = sampling_params(config.sampling)
         self.engine = Engine(config, template)
         self.openai_app = await self.engine.openai_app()
+        self.model_hash: str | None = None
 
     @http.post("/generate")
     async def generate_http(self, request: Request) -> Response:
@@ -89,9 +90,12 @@ class LLM:
 
     async def describe(self) -> dict[str, Any]:
         """What is served, so that a caller can tell whether it is what they mean."""
+        if self.model_hash is None:  # Of a directory without a manifest every byte is read, once.
+            self.model_hash = await asyncio.to_thread(manifest.fingerprint, self.config.model)
         return {
             "model": self.config.model,
-            "model_hash": await asyncio.to_thread(manifest.fingerprint, self.config.model),
+            "model_hash": self.model_hash,
+            "engine": self.config.engine,
             "served_model_name": self.engine.served_model_name,
             "max_model_len": self.engine.max_model_len,
             "dtype": self.engine.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from paddock.config import MergeConfig, PredictConfig, ServeConfig, TrainConfig, describe, load
+from paddock.config import DemoConfig, MergeConfig, PredictConfig, ServeConfig, TrainConfig, describe, load
 from paddock.errors import ConfigError
 
 NEEDED = ["output_dir=run", "model.path=base"]
@@ -124,6 +124,44 @@ def test_what_changes_the_result_is_hashed(override: str) -> None:
 def test_a_prediction_starts_the_service_that_it_describes() -> None:
     config = load(PredictConfig, None, [*NEEDED, "model.dtype=float32", "serve.engine.max_model_len=99"])
     assert config.service() == ServeConfig(model=config.model.path, engine={"dtype": "float32", "max_model_len": 99})
+
+
+def test_a_key_below_a_default_leaves_its_siblings() -> None:
+    serve = load(ServeConfig, None, ["model=m", "autoscaling.max_replicas=4"])
+    assert serve.autoscaling == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 64}
+    demo = load(DemoConfig, None, [*NEEDED, "serve.engine.dtype=float32", "predict.sampling.max_tokens=7"])
+    assert demo.serve.engine == {"max_model_len": 4096, "dtype": "float32"}
+    assert demo.serve.ray_actor_options == {"num_cpus": 0.5}
+    assert demo.predict.sampling.model_extra == {"max_tokens": 7, "min_tokens": 2}
+    sampling = load(ServeConfig, None, ["model=m", "sampling.max_tokens=5"]).sampling
+    assert (sampling.preset, sampling.model_extra) == ("reference", {"max_tokens": 5})
+
+
+@pytest.mark.parametrize("name", ["2026-11-24", "0123", "12:30", "no", "1_000", "7", "1e3x"])
+def test_a_name_that_yaml_would_read_as_something_else_stays_a_name(name: str) -> None:
+    assert Path(load(TrainConfig, None, [f"output_dir=/r/{name}", "model.path=b"]).output_dir).name == name
+    config = load(ServeConfig, None, ["model=m", f"served_model_name={name}"])
+    assert config.served_model_name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("-3", -3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, a]", [1, "a"])]
+)
+def test_values_are_what_they_look_like(text: str, value: Any) -> None:
+    found = load(ServeConfig, None, ["model=m", f"engine.x={text}"]).engine["x"]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_a_template_file_is_a_path_and_a_template_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(TrainConfig, None, [*NEEDED, "prompt.template=my.txt"]).prompt.template == str(tmp_path / "my.txt")
+    assert load(TrainConfig, None, [*NEEDED, "prompt.template=alpaca"]).prompt.template == "alpaca"
+
+
+def test_help_shows_values_not_how_they_are_made() -> None:
+    text = "\n".join(describe(DemoConfig))
+    assert "Undefined" not in text
+    assert "serve.engine = {'max_model_len': 4096}" in text
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, MergeConfig, PredictConfig, ServeConfig])

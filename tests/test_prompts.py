@@ -89,3 +89,19 @@ def test_a_template_file(tmp_path: Path) -> None:
 def test_a_template_that_ends_inside_a_token_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="share a token"):
         prompts.example_ids(tokenizer, prompts.Template("{input}感"), Row(input="x", target="冒", sample_id="r"))
+
+
+def test_an_instruction_is_never_dropped() -> None:
+    with pytest.raises(DataError, match=r"row a-1: has an instruction.*prompt.template=alpaca"):
+        TEMPLATE.render(Row(input="x", instruction="translate", sample_id="a-1"))
+
+
+def test_only_a_template_that_writes_the_cue_takes_it_out() -> None:
+    assert prompts.Template("Q: {input}\nA:\n").render(Row(input=" 他回答：好。 ")) == "Q: 他回答：好。\nA:\n"
+
+
+def test_a_template_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes("问：{input}".encode("gbk"))
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        prompts.load_template(str(file))

@@ -25,7 +25,7 @@ ALLOWED = {
     "cluster": "errors",
     # rows -> tokens -> a trained adapter
     "data": "errors storage",
-    "prompts": "data errors",
+    "prompts": "data errors storage",
     "packing": "data errors prompts",
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",

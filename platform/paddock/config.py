@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,21 @@ from paddock.config_parts import (
     is_hashed,
 )
 from paddock.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: 1e-4 is a number; 2026-11-24, 0123, 12:30, no and on are text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_NUMBER = r"[-+]?(?:0|[1-9][0-9]*)"
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|True|false|False", list("tTfF")),
+    ("int", _NUMBER, list("-+0123456789")),
+    ("float", rf"{_NUMBER}(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9]+|[-+]?\.inf", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 class JobConfig(Settings):
@@ -181,22 +197,23 @@ def build(cls: type[Config], tree: dict[str, Any], *, here: bool = False) -> Con
         root = os.getcwd()
     paths = Paths(root=root, output_dir=tree.get("output_dir"))
     try:
-        return cls.model_validate(tree, context=paths)
+        return cls.model_validate(_over_defaults(cls, tree), context=paths)
     except ValidationError as error:
         # A misspelt key first: it is why another one is missing.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ConfigError("; ".join(_explain(cls, dict(e)) for e in errors)) from None
 
 
-def describe(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """One line a key: its path, its default, what it means. The job's `--help`."""
+def describe(cls: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
+    """One line a key: its path, its default (the one in `defaults`, where given), what it means: a job's `--help`."""
     for name, field in cls.model_fields.items():
         part = _part(field.annotation)
+        default = field.get_default(call_default_factory=True) if defaults is None else getattr(defaults, name)
         if part is not None:
-            yield from describe(part, f"{prefix}{name}.")
+            yield from describe(part, f"{prefix}{name}.", default if isinstance(default, part) else None)
         else:
-            default = "(required)" if field.is_required() else f"= {field.get_default()!r}"
-            yield f"  {prefix}{name} {default}\n      {field.description or ''}"
+            told = "(required)" if defaults is None and field.is_required() else f"= {default!r}"
+            yield f"  {prefix}{name} {told}\n      {field.description or ''}"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
@@ -209,7 +226,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file; jobs/configs/ holds the ones that come with Paddock")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -229,9 +246,31 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{path}: {parent!r} is a value, not a group of keys")
         branch = below
     try:
-        branch[key] = yaml.safe_load(text)
+        branch[key] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         branch[key] = text
+
+
+def _over_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree laid over the defaults, so that a key given below one (`autoscaling.max_replicas`) leaves its siblings."""
+    merged = dict(tree)
+    for name, field in cls.model_fields.items():
+        if isinstance(tree.get(name), dict):
+            default = field.get_default(call_default_factory=True)
+            default = default.model_dump() if isinstance(default, BaseModel) else default
+            merged[name] = _deep_merge(default, tree[name]) if isinstance(default, dict) else tree[name]
+            part = _part(field.annotation)
+            if part is not None:
+                merged[name] = _over_defaults(part, merged[name])
+    return merged
+
+
+def _deep_merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _deep_merge(below[key], above[key])
+    return merged
 
 
 def _part(annotation: Any) -> type[BaseModel] | None:

@@ -99,10 +99,15 @@ class DataConfig(Settings):
     """How a row is written: the benchmark's six fields, instruction/input/output, or chat messages."""
 
 
+def _resolve_template(value: str, info: ValidationInfo) -> str:
+    """A template's name as it is, a file as any other path."""
+    return _resolve(value, info) if os.sep in value or "." in value else value
+
+
 class PromptConfig(Settings):
     """How a row becomes a prompt."""
 
-    template: How[str] = "promptcblue"
+    template: How[Annotated[str, AfterValidator(_resolve_template)]] = "promptcblue"
     """A template's name (promptcblue, alpaca), or a file with `{input}` and perhaps `{instruction}`."""
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from paddock import storage
 from paddock.data import Row
 from paddock.errors import ConfigError, DataError, ModelError
 
@@ -42,8 +42,17 @@ class Template:
         return "{instruction}" in self.text
 
     def render(self, row: Row) -> str:
-        """The prompt's text, without BOS. Slots are filled once: braces in a row are only text."""
-        slots = {"instruction": row.instruction.strip(), "input": clean_input(row.input)}
+        """The prompt's text, without BOS. Slots are filled once: braces in a row are only text.
+
+        Raises DataError where the row has an instruction that the template would drop.
+        """
+        if row.instruction.strip() and not self.takes_instruction:
+            raise DataError(
+                f"row {row.sample_id}: has an instruction, and the prompt template has no {{instruction}} slot for it;"
+                " set prompt.template=alpaca, or a file with both slots"
+            )
+        text = clean_input(row.input) if _CUE in self.text else row.input.strip()
+        slots = {"instruction": row.instruction.strip(), "input": text}
         return _SLOT.sub(lambda slot: slots[slot.group(1)], self.text)
 
 
@@ -51,16 +60,22 @@ def load_template(name: str) -> Template:
     """A template by name, or from a UTF-8 file. Raises ConfigError where it is neither or has no `{input}`."""
     if name in TEMPLATES:
         return Template(TEMPLATES[name])
-    if not Path(name).is_file():
+    if not storage.exists(name):
         raise ConfigError(f"prompt.template: {name!r} is neither a file nor one of {', '.join(TEMPLATES)}")
-    text = Path(name).read_text(encoding="utf-8")
+    try:
+        text = storage.fetch(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt.template: {name} cannot be read as UTF-8 text ({error}); save it as such") from None
     if "{input}" not in text:
         raise ConfigError(f"prompt.template: {name} has no {{input}} slot, so every row would get the same prompt")
     return Template(text)
 
 
 def clean_input(text: str) -> str:
-    """The input as the reference recipe trains with it: its answer cue removed, stripped before and after."""
+    """The input as the reference recipe trains with it: its answer cue removed, stripped before and after.
+
+    For templates that write the cue themselves; to any other it is a part of the text.
+    """
     return text.strip().replace(_CUE, "").strip()
 
 

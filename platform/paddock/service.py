@@ -7,7 +7,7 @@ what serves.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,12 @@ from paddock.errors import ServiceError
 from paddock.prompts import load_template
 
 IMPORT_PATH = "deployments:app"
+# How much and how fast, not what; and what is compared as the engine resolved it.
+_SAME_ANSWERS = {
+    *("dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "load_format"),
+    *("enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "max_loras"),
+}
 
 
 @contextmanager
@@ -40,16 +46,22 @@ def running(config: ServeConfig) -> Iterator[str]:
 
 
 def find(config: ServeConfig) -> str | None:
-    """A running application that answers as `config` would: same model content, prompt and type; or None."""
+    """A running application that answers as `config` would: same model content, prompt and engine; or None."""
     wanted = {"model_hash": manifest.fingerprint(config.model), "prompt": load_template(config.prompt.template).text}
-    if "dtype" in config.engine:
-        wanted["dtype"] = config.engine["dtype"]
+    for name in ("dtype", "max_model_len"):
+        if name in config.engine:
+            wanted[name] = config.engine[name]
     for name, app in serve.status().applications.items():
         if app.status == ApplicationStatus.RUNNING and "LLM" in app.deployments:
-            about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
-            if wanted.items() <= about.items():
+            about = serve.get_app_handle(name).describe.remote().result(timeout_s=300)
+            if wanted.items() <= about.items() and _telling(about["engine"]) == _telling(config.engine):
                 return str(name)
     return None
+
+
+def _telling(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine arguments that can change an answer and are not compared by what they came to."""
+    return {name: value for name, value in engine.items() if name not in _SAME_ANSWERS}
 
 
 def application(config: ServeConfig) -> Any:

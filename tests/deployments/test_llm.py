@@ -110,6 +110,7 @@ def test_what_is_served_can_be_asked(service: Service) -> None:
     assert about == {
         "model": str(service.model),
         "model_hash": manifest.fingerprint(service.model),
+        "engine": {"dtype": "float32", "max_model_len": 512},
         "served_model_name": "base",
         "max_model_len": 512,
         "dtype": "float32",
