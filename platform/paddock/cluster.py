@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,10 +68,10 @@ def connect() -> bool:
 def disconnect(started: bool) -> None:
     """Stop the local Ray that `connect` started; leave a cluster that it joined."""
     if started:
-        from ray import serve
-
-        # Where there was a service, its client's threads would start another Ray to report to.
-        serve.shutdown()
+        if "ray.serve" in sys.modules:
+            # Where there was a service, its client's threads would start another Ray to report to.
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            sys.modules["ray.serve"].shutdown()
         ray.shutdown()
 
 
