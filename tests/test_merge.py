@@ -261,7 +261,7 @@ def test_again_does_nothing_and_other_is_refused(
     adapter = lab.adapter(base, "a")
     merged = lab.merge(base, adapter)
     with monkeypatch.context() as patch:
-        patch.setattr("paddock.merge.write_merged_shard", None)
+        patch.setattr("paddock.merge.write_shards", None)
         lab.merge(base, adapter, num_workers=4, prove_prompts=1)
     assert "nothing to do" in capsys.readouterr().out
     before = manifest.verify(merged).hash
@@ -291,7 +291,7 @@ def test_crash_and_failed_proof_leave_nothing(lab: Lab, monkeypatch: pytest.Monk
 def test_proof_sees_a_wrong_merge(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     base = lab.base()
     adapter = lab.adapter(base, "a")
-    monkeypatch.setattr("paddock.merge_operations.AddLora.apply", lambda _self, weight, _sources: weight)
+    monkeypatch.setattr("paddock.merge_operations.AddLora.open", lambda _self, _sources: lambda _weight, _start: None)
     with pytest.raises(ModelError, match="min_top1_agreement"):
         lab.merge(base, adapter)
 

@@ -36,12 +36,14 @@ ALLOWED = {
     # base and adapters -> a model
     "weights": "errors",
     "meta_llama": "errors",
-    "convert": "config errors manifest meta_llama storage weights",
+    "shards": "errors weights",
+    "shard_tasks": "cluster config_parts errors shards weights",
+    "convert": "config errors manifest meta_llama shard_tasks shards storage weights",
     "merge_operations": "errors weights",
     "merge_adapter": "errors manifest merge_operations weights",
-    "merge_plan": "errors manifest merge_adapter merge_operations weights",
-    "proof": "errors merge_plan",
-    "merge": "cluster config convert errors lora manifest merge_operations merge_plan proof storage weights",
+    "merge_plan": "errors manifest merge_adapter merge_operations shards weights",
+    "proof": "merge_adapter merge_plan weights",
+    "merge": "config convert errors lora manifest merge_operations merge_plan proof shard_tasks shards storage weights",
     # a model -> answers
     "engine": "config data errors manifest prompts storage",
     "service": "cluster config errors manifest prompts",
@@ -61,7 +63,7 @@ ALLOWED = {
     "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
     " prompts service storage train weights",
 }
-RAY_EDGES = {"cluster", "service", "train", "merge", "predict", "pipeline", "benchmark"}
+RAY_EDGES = {"cluster", "service", "train", "shard_tasks", "predict", "pipeline", "benchmark"}
 
 
 def _files(root: Path, *folders: str) -> list[Path]:

@@ -34,6 +34,7 @@ from paddock.config_parts import (
     ScalingPart,
     ServePart,
     Settings,
+    ShardPart,
     Split,
     TrainPart,
     is_hashed,
@@ -84,7 +85,7 @@ class TrainConfig(JobConfig):
     """Where the embedded default (tiny base, adapters, rows) is made when a path below it is missing."""
 
 
-class MergeConfig(JobConfig):
+class MergeConfig(JobConfig, ShardPart):
     """Base + adapters, in order -> one model: `python -m jobs.merge`."""
 
     base_model: Location
@@ -101,11 +102,9 @@ class MergeConfig(JobConfig):
     """Number of prompts on which base + adapters and the merged model are compared; 0 skips the proof."""
     min_top1_agreement: How[float] = 0.9
     """The share of positions with the same most likely token below which the merge fails."""
-    num_workers: How[int] = 1
-    """Shards that are written at a time, one Ray task each; 1 stays in this process."""
 
 
-class ConvertConfig(JobConfig):
+class ConvertConfig(JobConfig, ShardPart):
     """Meta's `.pth` layout <-> a Hugging Face directory: `python -m jobs.convert`."""
 
     input_dir: Location

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,9 @@ from paddock.meta_llama import (
     read_params,
     unpermute,
 )
-from paddock.weights import (
-    TensorInfo,
-    Weights,
-    one_line,
-    open_model,
-    plan_shards,
-    read_object,
-    write_index,
-    write_object,
-    write_shard,
-)
+from paddock.shard_tasks import write_shards
+from paddock.shards import plan_shards, write_index
+from paddock.weights import TensorInfo, Weights, one_line, open_model, read_object, write_object
 
 
 def convert(config: ConvertConfig) -> str | Path:
@@ -61,31 +54,47 @@ def convert(config: ConvertConfig) -> str | Path:
         config=config.hashed(),
         inputs=inputs,
         overwrite=config.overwrite,
+        resume=True,
     ) as stage:
         if stage.finished:
             return stage.place
         if to_meta:
             stage.extra.update(write_meta(source, stage.directory))
         else:
-            write_huggingface(
-                source,
-                stage.directory,
-                tokenizer,
-                max_shard_size=config.max_shard_size,
-                max_position_embeddings=config.max_position_embeddings,
-            )
+            write_huggingface(source, tokenizer, config, stage)
     return stage.place
 
 
-def write_huggingface(
-    source: Path,
-    target: Path,
-    tokenizer: Path | None,
-    *,
-    max_shard_size: str = "2GB",
-    max_position_embeddings: int | None = None,
-) -> None:
-    """Write Meta's weights as a Hugging Face directory, one tensor at a time."""
+Whole = dict[str, tuple[tuple[int, ...], torch.dtype, int | None]]
+"""Meta's name -> shape and dtype of the whole tensor, and the axis along which the shards hold it."""
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """Meta's tensors under Hugging Face's names (a `paddock.shards.Source`)."""
+
+    shares: list[Weights]
+    """The model-parallel shards."""
+    found: Whole
+    params: Params
+    origin: dict[str, str]
+    """Hugging Face's name -> Meta's."""
+
+    def pieces(self, name: str, said: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """One tensor, whole."""
+        place = self.params.place(self.origin[name])
+        tensor = _whole(self.shares, self.origin[name], self.found)
+        yield tensor if place is None or place.heads is None else permute(tensor, place.heads)
+
+    def memory(self, name: str) -> int:
+        """The bytes that one tensor takes: put together, and with its rows in another order."""
+        shape, dtype, _ = self.found[self.origin[name]]
+        return 2 * TensorInfo(shape, dtype).bytes
+
+
+def write_huggingface(source: Path, tokenizer: Path | None, config: ConvertConfig, stage: manifest.Stage) -> None:
+    """Write Meta's weights as a Hugging Face directory."""
+    target = stage.directory
     shares = _open_shares(source)
     found = _whole_shapes(shares, source)
     file = source / "params.json"
@@ -110,20 +119,16 @@ def write_huggingface(
     if tied:
         del infos["lm_head.weight"]
 
-    def tensor_of(name: str) -> torch.Tensor:
-        place = params.place(origin[name])
-        tensor = _whole(shares, origin[name], found)
-        return tensor if place is None or place.heads is None else permute(tensor, place.heads)
-
-    shards = plan_shards(infos, max_shard_size)
-    for shard, names in shards.items():
-        write_shard(target / shard, {name: infos[name] for name in names}, tensor_of)
-        print(f"convert: wrote {shard}", flush=True)
+    shards = plan_shards(infos, config.max_shard_size)
+    model = MetaModel(shares, found, params, origin)
+    here = storage.is_uri(config.input_dir) or storage.is_uri(config.output_dir)
+    written = write_shards(model, shards, infos, target, stage.notes, config, what="convert", here=here)
+    stage.hashes.update({name: manifest.FileEntry(done.bytes, done.sha256) for name, done in written.items()})
     write_index(target, shards, infos)
     dtype = infos["model.embed_tokens.weight"].dtype
     noted = manifest.read(source)
     positions = (
-        max_position_embeddings
+        config.max_position_embeddings
         or params.max_seq_len
         or (noted.extra.get("max_position_embeddings") if noted else None)
         or (2048 if dtype == torch.float16 else 4096)
@@ -211,16 +216,13 @@ def _open_shares(source: Path) -> list[Weights]:
     return shares
 
 
-def _whole_shapes(
-    shares: Sequence[Weights], source: Path
-) -> dict[str, tuple[tuple[int, ...], torch.dtype, int | None]]:
-    """Name -> shape and dtype of the whole tensor, and the axis along which the shards hold it."""
+def _whole_shapes(shares: Sequence[Weights], source: Path) -> Whole:
     file = source / "params.json"
     dim = read_object(file).get("dim") if file.is_file() else None
     if EMBEDDING not in shares[0].infos:
         raise ModelError(f"{source}: no {EMBEDDING}; these are not LLaMA's weights")
     any_layer = Params(0, 2**31, 1, 1, 0, 0, 0, 0, None)
-    whole: dict[str, tuple[tuple[int, ...], torch.dtype, int | None]] = {}
+    whole: Whole = {}
     for name, info in shares[0].infos.items():
         if is_buffer(name):
             continue
@@ -239,9 +241,7 @@ def _whole_shapes(
     return whole
 
 
-def _whole(
-    shares: Sequence[Weights], name: str, found: dict[str, tuple[tuple[int, ...], torch.dtype, int | None]]
-) -> torch.Tensor:
+def _whole(shares: Sequence[Weights], name: str, found: Whole) -> torch.Tensor:
     axis = found[name][2]
     if axis is None or len(shares) == 1:
         return shares[0].read(name)

@@ -2,7 +2,8 @@
 
 A stage reads directories and writes one. It works in `.NAME.partial` beside its place; the manifest is
 written last and the directory renamed, so that a directory of ours without a valid manifest does not exist
-for the next stage. Directories from elsewhere (Hugging Face, PEFT) have none and are taken as they are.
+for the next stage. What a killed run leaves there is used by the next run of the same work that asks for it (`resume`),
+else removed. Directories from elsewhere (Hugging Face, PEFT) have none and are taken as they are.
 At a URI there is no renaming: the directory is uploaded when it is done, the manifest last.
 
     python -m paddock.manifest verify DIR        hash everything again
@@ -15,6 +16,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from paddock import __version__, storage
 from paddock.errors import OutputError, PaddockError
 
 NAME = storage.MANIFEST
+_HASHES = 4  # files that are hashed at a time
 _FIELDS = ("kind", "created_by", "config", "config_hash", "inputs", "files")
 
 
@@ -112,19 +115,36 @@ def verify(directory: str | Path) -> Manifest:
     return manifest
 
 
-def fingerprint(path: str | Path) -> str:
-    """The identity of an input by its content: its manifest's hash, or one over the files' hashes.
+@dataclass(frozen=True)
+class Input:
+    """What a stage reads, by its content."""
 
-    Raises OutputError where there is nothing, or a directory of ours that is damaged.
-    """
+    hash: str
+    """Its manifest's hash, or one over its files' hashes."""
+    files: dict[str, FileEntry]
+
+
+def look(path: str | Path) -> Input:
+    """Identify an input. Raises OutputError where there is nothing, or what is there is damaged or cannot be read."""
     if read(path) is not None:
-        return check(path).hash
+        found = check(path)
+        return Input(found.hash, found.files)
     path = storage.fetch(path)
-    if path.is_file():
-        return sha256(path)
-    if not path.is_dir():
-        raise OutputError(f"{path}: no such file or directory; check the path")
-    return config_hash({"files": {k: v.sha256 for k, v in scan(path).items()}})
+    try:
+        if path.is_file():
+            entry = FileEntry(path.stat().st_size, sha256(path))
+            return Input(entry.sha256, {path.name: entry})
+        if not path.is_dir():
+            raise OutputError(f"{path}: no such file or directory; check the path")
+        files = scan(path)
+    except OSError as error:
+        raise OutputError(f"{error.filename or path}: cannot be read ({error.strerror}); get it again") from None
+    return Input(config_hash({"files": {k: v.sha256 for k, v in files.items()}}), files)
+
+
+def fingerprint(path: str | Path) -> str:
+    """The hash of an input (see `look`)."""
+    return look(path).hash
 
 
 def config_hash(tree: dict[str, Any]) -> str:
@@ -138,12 +158,23 @@ def sha256(file: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def scan(directory: Path) -> dict[str, FileEntry]:
-    """Every file below a directory, in the order of its path, without its manifest and what has one of its own."""
+def scan(directory: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Every file below a directory, in the order of its path, without its manifest and what has one of its own.
+
+    known: what need not be hashed again.
+    """
     nested = [f.parent for f in directory.rglob(NAME) if f.parent != directory]
     files = sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / NAME)
-    files = [f for f in files if not any(f.is_relative_to(part) for part in nested)]
-    return {f.relative_to(directory).as_posix(): FileEntry(f.stat().st_size, sha256(f)) for f in files}
+    names = [f.relative_to(directory).as_posix() for f in files if not any(f.is_relative_to(part) for part in nested)]
+
+    def entry(name: str) -> FileEntry:
+        size = (directory / name).stat().st_size
+        if known and name in known and known[name].bytes == size:
+            return known[name]
+        return FileEntry(size, sha256(directory / name))
+
+    with ThreadPoolExecutor(_HASHES) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
 
 
 @dataclass
@@ -159,6 +190,10 @@ class Stage:
     inputs: dict[str, str]
     finished: Manifest | None
     """The manifest of the same work, already done; then there is nothing to write."""
+    notes: Path
+    """A directory, perhaps there already, for what a later run needs to go on (`resume`); no part of the result."""
+    hashes: dict[str, FileEntry] = field(default_factory=dict)
+    """Files that were hashed while they were written; the others are hashed at the end."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What the kind adds to the manifest."""
 
@@ -171,22 +206,25 @@ def stage(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Iterator[Stage]:
     """Write a directory as one step: all of it with its manifest, or nothing.
 
-    `config` is what can change the result, `inputs` the fingerprint of everything that is read. Raises
-    OutputError where the place is taken by another configuration's output, by foreign files or by a
-    running job.
+    `config` is what can change the result, `inputs` the fingerprint of everything that is read. resume: begin with
+    what a killed run of the same work left; a run that fails leaves nothing either way. Raises OutputError where the
+    place is taken by another configuration's output, by foreign files or by a running job.
     """
     place = storage.workplace(output_dir)
     with locked(output_dir):
+        partial = place.parent / f".{place.name}.partial"
         work = Stage(
             kind=kind,
             place=storage.join(output_dir),
-            directory=place.parent / f".{place.name}.partial",
+            directory=partial / place.name,
             config=dict(config),
             inputs=dict(inputs),
             finished=None,
+            notes=partial / "notes",
         )
         if overwrite:
             _refuse_foreign(work.place)
@@ -194,21 +232,42 @@ def stage(
             work.finished = _finished(work)
         if work.finished is not None:
             print(f"{work.place}: already made with this configuration; nothing to do")
+            _discard(partial)
             yield work
             return
-        shutil.rmtree(work.directory, ignore_errors=True)
-        work.directory.mkdir()
+        _begin(work, partial, resume)
         try:
             yield work
-            commit(work.directory, kind, work.config, work.inputs, work.extra)
+            commit(work.directory, kind, work.config, work.inputs, work.extra, work.hashes)
             if storage.is_uri(work.place):
                 storage.publish(work.directory, work.place)
-                return
-            if place.exists():
-                shutil.rmtree(place)
-            work.directory.rename(place)
-        finally:
-            shutil.rmtree(work.directory, ignore_errors=True)
+            else:
+                if place.exists():
+                    place.rename(partial / "before")
+                work.directory.rename(place)
+        except BaseException as error:
+            if not resume or isinstance(error, Exception):
+                _discard(partial)
+            raise
+        _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    """Remove what a run worked in; what is whole in it first stops being so."""
+    for file in partial.glob(f"*/{NAME}"):
+        file.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _begin(work: Stage, partial: Path, resume: bool) -> None:
+    """Make the directory to work in, with what a killed run of the same work left in it if that is wanted."""
+    same = config_hash({"kind": work.kind, "by": __version__, "config": work.config, "inputs": work.inputs})
+    whose = partial / "work.sha256"
+    if not (resume and whose.is_file() and whose.read_text(encoding="ascii") == same):
+        _discard(partial)
+    work.directory.mkdir(parents=True, exist_ok=True)
+    (work.directory / NAME).unlink(missing_ok=True)
+    whose.write_text(same, encoding="ascii")
 
 
 def commit(
@@ -217,15 +276,16 @@ def commit(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     extra: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
-    """Hash a directory's files and write its manifest."""
+    """Hash a directory's files, but those in `hashes`, and write its manifest."""
     manifest = Manifest(
         kind=kind,
         created_by=f"paddock {__version__}",
         config=dict(config),
         config_hash=config_hash(dict(config)),
         inputs=dict(inputs),
-        files=scan(directory),
+        files=scan(directory, hashes),
         extra=dict(extra or {}),
     )
     manifest.write(directory)

@@ -10,19 +10,20 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from paddock import manifest, storage
 from paddock.config import MergeConfig
 from paddock.convert import write_meta
-from paddock.errors import ModelError
+from paddock.errors import ModelError, OutputError
 from paddock.lora import TOKENIZER_FILES
-from paddock.merge_operations import OutputTensor, write_merged_shard
+from paddock.merge_operations import MergedModel
 from paddock.merge_plan import Plan, make_plan
-from paddock.proof import check_memory, prove
-from paddock.weights import plan_shards, read_object, write_index, write_object
+from paddock.proof import prove
+from paddock.shard_tasks import write_shards
+from paddock.shards import plan_shards, write_index
+from paddock.weights import read_object, write_object
 
 # What a file says about the machine it was made on.
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file")
@@ -32,39 +33,45 @@ def merge(config: MergeConfig) -> str | Path:
     """Merge as configured; return where the model stands.
 
     Raises ModelError where base and adapters do not fit together or the result is not what PEFT computes,
-    OutputError where the place is taken.
+    OutputError where the place is taken or the disk is too small.
     """
     manifest.apart(config.output_dir, config.base_model, *config.lora_model)
     plan = _plan(config)
     shards = plan_shards(plan.infos, config.max_shard_size)
-    if config.prove_prompts:
-        check_memory(plan)
+    inputs = _inputs(config)
+    meta = config.output_type == "pth"
     with manifest.stage(
         config.output_dir,
-        kind="meta" if config.output_type == "pth" else "model",
+        kind="meta" if meta else "model",
         config=config.hashed(),
-        inputs=_inputs(config),
+        inputs={name: found.hash for name, found in inputs.items()},
         overwrite=config.overwrite,
+        resume=True,
     ) as stage:
         if stage.finished:
             return stage.place
         for note in plan.notes:
             print(f"merge: {note}", flush=True)
-        meta = config.output_type == "pth"
-        directory = stage.directory / ".huggingface" if meta else stage.directory
-        directory.mkdir(exist_ok=True)
-        started = time.monotonic()
-        norms = _write_shards(plan, shards, directory, _num_workers(config))
+        # Meta's layout is made from Hugging Face's, which goes when it is done.
+        directory = stage.notes / "huggingface" if meta else stage.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_disk(directory, plan.bytes, config.output_dir)
+        here = any(storage.is_uri(path) for path in (config.base_model, *config.lora_model, config.output_dir))
+        source = MergedModel(plan.outputs, plan.sources)
+        written = write_shards(source, shards, plan.infos, directory, stage.notes, config, what="merge", here=here)
         write_index(directory, shards, plan.infos)
         _write_files(plan, directory)
-        seconds = time.monotonic() - started
-        print(f"merge: wrote {len(shards)} shards, {plan.bytes / 2**20:,.1f} MiB in {seconds:.1f} s", flush=True)
         if config.prove_prompts:
             stage.extra["merged_vs_adapter"] = _proven(plan, directory, config)
-        stage.extra["delta_norms"] = norms
+        norms = {name: norm for done in written.values() for name, norm in done.said.items()}
+        stage.extra["delta_norms"] = {name: norms[name] for name in plan.outputs if name in norms}
+        stage.extra["input_files"] = {
+            name: {path: entry.sha256 for path, entry in found.files.items()} for name, found in inputs.items()
+        }
         if meta:
             stage.extra.update(write_meta(directory, stage.directory))
-            shutil.rmtree(directory)
+        else:
+            stage.hashes.update({name: manifest.FileEntry(done.bytes, done.sha256) for name, done in written.items()})
         _write_card(stage.directory, plan, stage.extra.get("merged_vs_adapter"))
     return stage.place
 
@@ -91,57 +98,22 @@ def _plan(config: MergeConfig) -> Plan:
     return make_plan(storage.fetch(config.base_model), [storage.fetch(d) for d in config.lora_model], dtype)
 
 
-def _inputs(config: MergeConfig) -> dict[str, str]:
-    inputs = {"base_model": manifest.fingerprint(config.base_model)}
+def _inputs(config: MergeConfig) -> dict[str, manifest.Input]:
+    inputs = {"base_model": manifest.look(config.base_model)}
     for number, directory in enumerate(config.lora_model):
-        inputs[f"lora_model.{number}"] = manifest.fingerprint(directory)
+        inputs[f"lora_model.{number}"] = manifest.look(directory)
     return inputs
 
 
-def _num_workers(config: MergeConfig) -> int:
-    """Other nodes see neither the local copy of what is at a URI nor what is on its way there."""
-    here = any(storage.is_uri(path) for path in (config.base_model, *config.lora_model, config.output_dir))
-    if here and config.num_workers > 1:
-        print("merge: num_workers is for paths that all nodes share; with a URI one process writes", flush=True)
-    return 1 if here else config.num_workers
-
-
-def _write_shards(plan: Plan, shards: dict[str, list[str]], directory: Path, num_workers: int) -> dict[str, float]:
-    work = [(directory / file, [plan.outputs[name] for name in names]) for file, names in shards.items()]
-    if min(num_workers, len(work)) <= 1:
-        found = [write_merged_shard(file, outputs, plan.sources) for file, outputs in work]
-    else:
-        found = _with_ray(plan, work, num_workers)
-    norms = {name: norm for part in found for name, norm in part.items()}
-    return {name: norms[name] for name in plan.outputs if name in norms}
-
-
-def _with_ray(plan: Plan, work: list[tuple[Path, list[OutputTensor]]], num_workers: int) -> list[dict[str, float]]:
-    """One Ray task per shard, `num_workers` at a time. The output directory is one that all nodes share."""
-    import ray
-
-    from paddock import cluster
-
-    started = cluster.connect()
-    try:
-        cluster.require([{"CPU": 1}], "merge")
-        sources = ray.put(plan.sources)
-        task = ray.remote(num_cpus=1)(write_merged_shard)
-        waiting: list[Any] = []
-        found: list[Any] = []
-        for file, outputs in work:
-            if len(waiting) == num_workers:
-                _, waiting = ray.wait(waiting)
-            reference = task.remote(file, outputs, sources)
-            found.append(reference)
-            waiting.append(reference)
-        return [ray.get(reference) for reference in found]
-    except ray.exceptions.RayTaskError as error:
-        # The others end before the directory that they write into goes.
-        ray.wait(found, num_returns=len(found))
-        raise error.cause from None
-    finally:
-        cluster.disconnect(started)
+def _check_disk(directory: Path, size: int, output_dir: str) -> None:
+    """Raise OutputError where the disk has no room for the weights; what a killed run left counts as room."""
+    there = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    free = shutil.disk_usage(directory).free + there
+    if size > free:
+        raise OutputError(
+            f"{output_dir}: the weights take {size / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free; make"
+            " room or choose another output_dir"
+        )
 
 
 def _proven(plan: Plan, directory: Path, config: MergeConfig) -> dict[str, float | int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -114,6 +115,19 @@ class Reading:
             plain = name.replace(".base_layer.bias", ".bias")
             if name not in self.names and plain in self.names:
                 self.names[name] = self.names.pop(plain)
+
+    @property
+    def plain(self) -> Any:
+        """The empty model itself, with PEFT's layers in it."""
+        return self.model.base_model.model
+
+    def saved(self, path: str) -> torch.Tensor | None:
+        """The adapter's tensor for a parameter of `plain`; None for a parameter that is the base's."""
+        name = ".".join(part for part in path.split(".") if part not in (_NAME, "modules_to_save"))
+        for saved in (name, name.removesuffix(".weight")):  # a DoRA magnitude is saved under its module's name
+            if saved in self.names:
+                return self.adapter.weights.read(self.names[saved])
+        return None
 
     def operations(self) -> list[tuple[str, Operation]]:
         """(output tensor, operation), in the order in which they apply.

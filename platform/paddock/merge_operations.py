@@ -1,22 +1,31 @@
 """What an adapter does to one tensor, and how a tensor of the merged model is computed.
 
-An output tensor is a tensor of the base and the operations on it, in the order of the adapters. It is
-computed in float32 through all of them and rounded once. The formulas are PEFT's own (`LoraLayer.merge`,
-`DoraLinearVariant`, `TrainableTokensLayer.merge`); W is laid out as on disk, (out, in) for a linear layer
-and (rows, features) for an embedding.
+An output tensor is a tensor of the base and the operations on it, in the order of the adapters. It is computed
+through all of them and rounded once, some rows at a time, so that its size does not matter. The formulas are PEFT's
+own (`LoraLayer.merge`, `DoraLinearVariant`, `TrainableTokensLayer.merge`); W is laid out as on disk, (out, in) for a
+linear layer and (rows, features) for an embedding.
+
+Sums are float64: where a base weight and its updates nearly cancel, a float32 sum is several units in float16's last
+place off. On a 7B model that costs a tenth of the merge's time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from paddock.errors import ModelError
-from paddock.weights import TensorInfo, Weights, write_shard
+from paddock.weights import TensorInfo, Weights
+
+# Elements that are computed at a time: what the caches of a core hold.
+_PIECE = 2**18
+
+Apply = Callable[[torch.Tensor, int], None]
+"""Changes some rows of W, which begin at a given row, in place."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,13 @@ class Replace:
     """Position in the list of sources: 0 is the base, so adapters count from 1."""
     tensor: str
 
-    def apply(self, weight: torch.Tensor, sources: Sequence[Weights]) -> torch.Tensor:
-        return _float(sources[self.adapter].read(self.tensor))
+    def open(self, sources: Sequence[Weights]) -> Apply:
+        source = sources[self.adapter]
+
+        def apply(weight: torch.Tensor, start: int) -> None:
+            weight.copy_(source.rows(self.tensor, start, start + len(weight)))
+
+        return apply
 
     def __str__(self) -> str:
         return f"replaced by adapter {self.adapter}"
@@ -49,18 +63,28 @@ class AddLora:
     magnitude: str | None = None
     """(out,)"""
 
-    def apply(self, weight: torch.Tensor, sources: Sequence[Weights]) -> torch.Tensor:
+    @property
+    def whole(self) -> bool:
+        """Whether a row of the result depends on all rows of W: the lengths are those of its columns."""
+        return self.transposed and self.magnitude is not None
+
+    def open(self, sources: Sequence[Weights]) -> Apply:
         source = sources[self.adapter]
-        left, right = _float(source.read(self.lora_B)), _float(source.read(self.lora_A))
+        left, right = source.read(self.lora_B).double(), source.read(self.lora_A).double()
         if self.transposed:
-            left, right = right.T, left.T
-        weight = weight.addmm_(left, right, alpha=self.scaling)
-        if self.magnitude is None:
-            return weight
-        out = 1 if self.transposed else 0
-        length = torch.linalg.vector_norm(weight, dim=1 - out, keepdim=True)
-        magnitude = _float(source.read(self.magnitude)).reshape(length.shape)
-        return weight.mul_(magnitude / length)
+            left, right = right.T.contiguous(), left.T.contiguous()
+        magnitude = None if self.magnitude is None else source.read(self.magnitude).double().flatten()
+
+        def apply(weight: torch.Tensor, start: int) -> None:
+            rows = slice(start, start + len(weight))
+            weight.addmm_(left[rows], right, alpha=self.scaling)
+            if magnitude is not None:
+                out = 1 if self.transposed else 0
+                length = torch.linalg.vector_norm(weight, dim=1 - out, keepdim=True)
+                wanted = magnitude if self.transposed else magnitude[rows]
+                weight.mul_(wanted.reshape(length.shape) / length)
+
+        return apply
 
     def __str__(self) -> str:
         kind = "LoRA" if self.magnitude is None else "DoRA"
@@ -75,8 +99,13 @@ class AddBias:
     tensor: str
     scaling: float
 
-    def apply(self, weight: torch.Tensor, sources: Sequence[Weights]) -> torch.Tensor:
-        return weight.add_(_float(sources[self.adapter].read(self.tensor)), alpha=self.scaling)
+    def open(self, sources: Sequence[Weights]) -> Apply:
+        bias = sources[self.adapter].read(self.tensor).double() * self.scaling
+
+        def apply(weight: torch.Tensor, start: int) -> None:
+            weight.add_(bias[start : start + len(weight)])
+
+        return apply
 
     def __str__(self) -> str:
         return f"lora_B bias of adapter {self.adapter}, scaling {self.scaling:g}"
@@ -90,9 +119,14 @@ class ReplaceRows:
     tensor: str
     rows: tuple[int, ...]
 
-    def apply(self, weight: torch.Tensor, sources: Sequence[Weights]) -> torch.Tensor:
-        rows = torch.tensor(self.rows)
-        return weight.index_copy_(0, rows, _float(sources[self.adapter].read(self.tensor)))
+    def open(self, sources: Sequence[Weights]) -> Apply:
+        values, rows = sources[self.adapter].read(self.tensor), torch.tensor(self.rows)
+
+        def apply(weight: torch.Tensor, start: int) -> None:
+            here = (rows >= start) & (rows < start + len(weight))
+            weight[rows[here] - start] = values[here].double()
+
+        return apply
 
     def __str__(self) -> str:
         return f"{len(self.rows)} rows replaced by adapter {self.adapter}"
@@ -111,6 +145,19 @@ class OutputTensor:
     info: TensorInfo
     operations: tuple[Operation, ...] = ()
 
+    @property
+    def live(self) -> tuple[Operation, ...]:
+        """The operations that the result shows: nothing before a replacement does."""
+        replaced = [i for i, operation in enumerate(self.operations) if isinstance(operation, Replace)]
+        return self.operations[replaced[-1] :] if replaced else self.operations
+
+    @property
+    def rows_at_a_time(self) -> int:
+        rows = self.info.shape[0] if self.info.shape else 1
+        if any(isinstance(operation, AddLora) and operation.whole for operation in self.live):
+            return max(rows, 1)
+        return max(1, _PIECE * rows // max(math.prod(self.info.shape), 1))
+
     def __str__(self) -> str:
         shape = "x".join(map(str, self.info.shape))
         begins = "" if self.source == self.name else f" <- {self.source}"
@@ -119,57 +166,61 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A merged tensor, and how far it is from the base's."""
+class MergedModel:
+    """The tensors of a merged model (a `paddock.shards.Source`)."""
 
-    tensor: torch.Tensor
-    delta_norm: float | None
-    """The Frobenius norm of merged - base over the rows that both have; None where nothing was done."""
+    outputs: dict[str, OutputTensor]
+    sources: tuple[Weights, ...]
+    """The base's weights, then each adapter's."""
 
-
-def compute(output: OutputTensor, sources: Sequence[Weights]) -> Computed:
-    """One tensor of the merged model from the base (`sources[0]`) and the adapters.
-
-    Needs twice the tensor in float32, and the tensor once in its own type.
-    """
-    base = sources[0].read(output.source)
-    if not output.operations:
-        return Computed(base.to(output.info.dtype), None)
-    # What stands before a replacement cannot be seen in the result.
-    replaced = [i for i, operation in enumerate(output.operations) if isinstance(operation, Replace)]
-    operations = output.operations[replaced[-1] :] if replaced else output.operations
-    weight = base if replaced else _float(base)
-    for operation in operations:
-        weight = operation.apply(weight, sources)
-    merged = weight.to(output.info.dtype)
-    return Computed(merged, _distance(merged, base))
-
-
-def write_merged_shard(file: Path, outputs: Sequence[OutputTensor], sources: Sequence[Weights]) -> dict[str, float]:
-    """Compute and write one shard; return the norm of what was added to each tensor (see `Computed`)."""
-    by_name = {output.name: output for output in outputs}
-    norms: dict[str, float] = {}
-
-    def tensor_of(name: str) -> torch.Tensor:
-        computed = compute(by_name[name], sources)
-        if computed.delta_norm is not None:
-            norms[name] = float(f"{computed.delta_norm:.6g}")
-            if not torch.isfinite(computed.tensor).all():
+    def pieces(self, name: str, said: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """One merged tensor. Of a changed one `said` is the Frobenius norm of merged - base over the rows that both
+        have. Raises ModelError where it is not finite."""
+        output, base = self.outputs[name], self.sources[0]
+        rows, step = (output.info.shape[0] if output.info.shape else 1), output.rows_at_a_time
+        if not output.operations:
+            if base.infos[output.source].dtype == output.info.dtype or not output.info.shape:
+                yield base.read(output.source).to(output.info.dtype)
+                return
+            for start in range(0, rows, step):
+                yield base.rows(output.source, start, min(start + step, rows)).to(output.info.dtype)
+            return
+        applies = [operation.open(self.sources) for operation in output.live]
+        from_base = not isinstance(output.live[0], Replace)
+        shape = (min(step, rows), *output.info.shape[1:])
+        # Used again for each piece: fresh memory costs more than what is computed in it.
+        exact, found = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=output.info.dtype)
+        added = torch.empty(shape, dtype=torch.float32)
+        base_rows, squares = base.infos[output.source].shape[0], 0.0
+        for start in range(0, rows, step):
+            size = min(step, rows - start)
+            before = base.rows(output.source, start, min(start + size, base_rows)) if start < base_rows else None
+            weight, merged = exact[:size], found[:size]
+            if from_base and before is not None:
+                weight.copy_(before)
+            for apply in applies:
+                apply(weight, start)
+            merged.copy_(weight)
+            difference = added[:size].copy_(merged)
+            if not math.isfinite(torch.linalg.vector_norm(difference).item()) and not merged.isfinite().all():
                 raise ModelError(f"tensor {name}: the merge makes infinite or undefined values; is an adapter damaged?")
-        return computed.tensor
+            if before is not None:
+                squares += torch.linalg.vector_norm(difference[: len(before)].sub_(before)).item() ** 2
+            yield merged
+        said[name] = float(f"{math.sqrt(squares):.6g}")
 
-    write_shard(file, {name: output.info for name, output in by_name.items()}, tensor_of)
-    return norms
+    def memory(self, name: str) -> int:
+        """The bytes that one tensor takes while it is computed."""
+        output = self.outputs[name]
+        rows = max(1, output.info.shape[0] if output.info.shape else 1)
+        elements = math.prod(output.info.shape) * min(1.0, output.rows_at_a_time / rows)
+        factors = sum(8 * _elements(operation, self.sources) for operation in output.live)
+        return int(elements * (8 + 4 + output.info.dtype.itemsize)) + factors
 
 
-def _distance(merged: torch.Tensor, base: torch.Tensor) -> float:
-    rows, squares = min(len(merged), len(base)), 0.0
-    for start in range(0, rows, 4096):  # a block at a time: the tensor may be large
-        piece = slice(start, min(start + 4096, rows))
-        squares += torch.linalg.vector_norm(merged[piece].float() - base[piece].float()).item() ** 2
-    return math.sqrt(squares)
-
-
-def _float(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy that may be written to: what was read is the file itself."""
-    return tensor.to(torch.float32, copy=True)
+def _elements(operation: Operation, sources: Sequence[Weights]) -> int:
+    """The number of an operation's own values that are in memory as a whole."""
+    infos = sources[operation.adapter].infos
+    if isinstance(operation, AddLora):
+        return math.prod(infos[operation.lora_A].shape) + math.prod(infos[operation.lora_B].shape)
+    return 0 if isinstance(operation, Replace) else math.prod(infos[operation.tensor].shape)

@@ -7,24 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paddock import manifest
 from paddock.errors import ModelError
 from paddock.merge_adapter import Adapter, Reading, count_tokens, open_lora
 from paddock.merge_operations import Operation, OutputTensor, Replace, ReplaceRows
-from paddock.weights import TensorInfo, Weights, in_order, one_line, open_model, read_object
+from paddock.shards import in_order
+from paddock.weights import TensorInfo, Weights, one_line, open_model, read_object
 
 
 @dataclass(frozen=True)
 class Step:
     """The model once an adapter is applied; the proof follows these steps."""
 
-    adapter: Path
+    reading: Reading
+    """The adapter, as PEFT reads it."""
     rows: int
     """Rows of the embedding and the head."""
     tied: bool
     """The head is the embedding."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.reading.adapter.directory
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,12 @@ class Plan:
     """The base's `config.json`."""
     sources: tuple[Weights, ...]
     """The base's weights, then each adapter's."""
+    base_tied: bool
+    """The base's head is its embedding."""
+    embedding: str
+    """Module name of the input embedding."""
+    head: str
+    """Module name of the head."""
     steps: tuple[Step, ...]
     outputs: dict[str, OutputTensor]
     rows: int
@@ -62,6 +75,7 @@ def make_plan(base: str | Path, adapters: list[Path], dtype: torch.dtype | None 
     whatever would make the result wrong.
     """
     model = _Model(Path(base))
+    base_tied = model.tied
     opened = [open_lora(directory) for directory in adapters]
     for number, adapter in enumerate(opened, 1):
         model.apply(adapter, number)
@@ -69,6 +83,9 @@ def make_plan(base: str | Path, adapters: list[Path], dtype: torch.dtype | None 
         base=model.base,
         base_config=model.base_config,
         sources=(model.weights, *(adapter.weights for adapter in opened)),
+        base_tied=base_tied,
+        embedding=model.embedding,
+        head=model.head,
         steps=tuple(model.steps),
         outputs={name: _cast(model.outputs[name], dtype) for name in in_order(model.outputs)},
         rows=model.rows,
@@ -76,6 +93,16 @@ def make_plan(base: str | Path, adapters: list[Path], dtype: torch.dtype | None 
         tokenizer=None if model.tokens is None else model.tokenizer,
         notes=tuple(model.notes),
     )
+
+
+def empty_model(base: Path, rows: int, *, tied: bool) -> Any:
+    """The model of a base's `config.json` without memory for its weights. rows: its vocabulary."""
+    config = AutoConfig.from_pretrained(base)
+    config.vocab_size, config.tie_word_embeddings = rows, tied
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
 
 
 class _Model:
@@ -122,8 +149,8 @@ class _Model:
                 " only grows: check the order of lora_model"
             )
         grown = self._grow(adapter)
-        operations = Reading(adapter, number, self._empty(), (self.embedding, self.head)).operations()
-        operations = self._keep_or_cut_tie(operations, adapter, grown)
+        reading = Reading(adapter, number, self._empty(), (self.embedding, self.head))
+        operations = self._keep_or_cut_tie(reading.operations(), adapter, grown)
         for name, operation in operations:
             if name not in self.outputs:
                 raise ModelError(f"{where}: acts on {name}, which the base {self.base} does not have")
@@ -138,7 +165,7 @@ class _Model:
         if adapter.tokens is not None:
             self.tokenizer, self.tokens = where, adapter.tokens
         self._check_tokens(where)
-        self.steps.append(Step(where, self.rows, self.tied))
+        self.steps.append(Step(reading, self.rows, self.tied))
 
     def _grow(self, adapter: Adapter) -> bool:
         """Take over the rows that an adapter brings; return whether they became more."""
@@ -202,11 +229,7 @@ class _Model:
             self.notes.append(f"{where.name}: {self.rows} embedding rows for {self.tokens} tokens; all are kept")
 
     def _empty(self) -> Any:
-        """The model without memory, as large as its vocabulary is by now."""
-        config = AutoConfig.from_pretrained(self.base)
-        config.vocab_size, config.tie_word_embeddings = self.rows, self.tied
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        return empty_model(self.base, self.rows, tied=self.tied)
 
     def _drops(self, name: str) -> bool:
         if name.endswith("rotary_emb.inv_freq"):

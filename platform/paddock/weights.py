@@ -1,10 +1,8 @@
-"""Model directories on disk. Tensors are read one at a time from a Hugging Face or PEFT directory and
-written as safetensors shards; JSON files stand beside them.
+"""The tensors of a Hugging Face or PEFT directory, read one at a time or some rows at a time, and its JSON files.
 
 A directory's tensors are known by name, shape and dtype before any of them is read. Files are safetensors,
-or `.bin`/`.pth` that `torch.load(weights_only=True)` can read: nothing is ever unpickled. Written shards
-follow Hugging Face's naming and the safetensors format (https://huggingface.co/docs/safetensors), tensor
-by tensor, so that a shard is never in memory as a whole.
+or `.bin`/`.pth` that `torch.load(weights_only=True)` can read: nothing is ever unpickled. `paddock.shards` writes
+what is read here.
 """
 
 from __future__ import annotations
@@ -12,17 +10,15 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from paddock.errors import ConfigError, ModelError
+from paddock.errors import ModelError
 
 # In the order in which safetensors' own writer lays types into a file, so that every tensor lies aligned.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -37,7 +33,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -73,6 +68,12 @@ class Weights:
         handle = self._handle(self._files[name])
         tensor: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor, as they are on disk."""
+        handle = self._handle(self._files[name])
+        piece: torch.Tensor = (handle[name] if isinstance(handle, dict) else handle.get_slice(name))[start:stop]
+        return piece
 
     def file(self, name: str) -> Path:
         """The file that a tensor is in: what an error about it names."""
@@ -117,58 +118,6 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ModelError(f"{file}: entry {name!r} is {type(tensor).__name__}, not a tensor; remove it")
     return tensors
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order that shards are filled: numbers as numbers, whatever files they came from."""
-    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
-
-
-def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str) -> dict[str, list[str]]:
-    """File name -> tensor names, in Hugging Face's naming. Raises ConfigError for a size that is none."""
-    try:
-        split = split_state_dict_into_shards_factory(
-            {name: infos[name] for name in in_order(infos)},
-            get_storage_size=lambda info: info.bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError:
-        raise ConfigError(f"max_shard_size: {max_shard_size!r} is not a size; write it as 2GB or 500MB") from None
-    return {file: list(names) for file, names in split.filename_to_tensors.items()}
-
-
-def write_shard(file: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """Write one safetensors file, asking for one tensor at a time: the bytes that safetensors' own writer makes."""
-    layout = list(DTYPES.values())
-    names = sorted(infos, key=lambda name: (layout.index(infos[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        info = infos[name]
-        start, end = end, end + info.bytes
-        dtype = _DTYPE_NAMES[info.dtype]
-        header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor, info = tensor_of(name), infos[name]
-            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-                raise AssertionError(f"{name}: planned {info}, computed {tensor.shape} {tensor.dtype}")
-            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_index(directory: Path, shards: Mapping[str, list[str]], infos: Mapping[str, TensorInfo]) -> None:
-    """Write `model.safetensors.index.json` where there is more than one shard; the shards come first."""
-    if len(shards) == 1:
-        return
-    index = {
-        "metadata": {"total_size": sum(info.bytes for info in infos.values())},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-    write_object(directory / "model.safetensors.index.json", index)
 
 
 def read_object(file: Path) -> dict[str, Any]:
