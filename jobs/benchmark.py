@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import jobs
 from paddock.benchmark import BenchmarkConfig
+from paddock.benchmark.merge import merge
 from paddock.errors import ConfigError
 
-COMMANDS = {}
+COMMANDS = {"merge": merge}
 
 
 def main(config: BenchmarkConfig) -> None:

@@ -60,8 +60,8 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission train",
     # measurements, which may look into everything
-    "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
-    " prompts service storage train weights",
+    "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge merge_plan packing"
+    " predict prompts proof service shard_tasks shards storage train weights",
 }
 RAY_EDGES = {"cluster", "service", "train", "shard_tasks", "predict", "pipeline", "benchmark"}
 

@@ -36,7 +36,7 @@ def merge(config: MergeConfig) -> str | Path:
     OutputError where the place is taken or the disk is too small.
     """
     manifest.apart(config.output_dir, config.base_model, *config.lora_model)
-    plan = _plan(config)
+    plan = plan_of(config)
     shards = plan_shards(plan.infos, config.max_shard_size)
     inputs = _inputs(config)
     meta = config.output_type == "pth"
@@ -78,7 +78,7 @@ def merge(config: MergeConfig) -> str | Path:
 
 def plan_text(config: MergeConfig) -> str:
     """What `merge` would do, for a person: nothing is written."""
-    plan = _plan(config)
+    plan = plan_of(config)
     shards = plan_shards(plan.infos, config.max_shard_size)
     steps = [f"adapter {n}: {step.adapter} ({step.rows} rows)" for n, step in enumerate(plan.steps, 1)]
     lines = [
@@ -93,7 +93,8 @@ def plan_text(config: MergeConfig) -> str:
     return "\n".join(lines)
 
 
-def _plan(config: MergeConfig) -> Plan:
+def plan_of(config: MergeConfig) -> Plan:
+    """The plan of a configured merge (see `paddock.merge_plan.make_plan`)."""
     dtype = getattr(torch, config.dtype) if config.dtype else None
     return make_plan(storage.fetch(config.base_model), [storage.fetch(d) for d in config.lora_model], dtype)
 

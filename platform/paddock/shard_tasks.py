@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paddock import cluster
 from paddock.config_parts import ShardPart
 from paddock.errors import ModelError, OutputError
@@ -90,8 +92,13 @@ def _workers(source: Source, shards: list[Shard], how: ShardPart, here: bool) ->
     """How a shard's writing is started, and how many at a time."""
     number = at_a_time(how, shards, source)
     if number == 1:
-        with ThreadPoolExecutor(1) as pool:
-            yield lambda shard: pool.submit(write_shard, shard, source), 1
+        threads = torch.get_num_threads()
+        try:
+            # Pieces are small: what several threads wait for each other is more than what they save.
+            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield lambda shard: pool.submit(write_shard, shard, source), 1
+        finally:
+            torch.set_num_threads(threads)
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
