@@ -21,7 +21,8 @@ ALLOWED = {
     "storage": "errors",
     "config_parts": "errors",
     "config": "config_parts errors",
-    "manifest": "errors storage",
+    "locks": "errors storage",
+    "manifest": "errors locks storage",
     "cluster": "errors",
     # rows -> tokens -> a trained adapter
     "data": "errors storage",
@@ -36,14 +37,18 @@ ALLOWED = {
     # base and adapters -> a model
     "weights": "errors",
     "meta_llama": "errors",
+    "hub": "errors",
+    "published": "",
+    "models_of_2023": "weights",
     "shards": "errors weights",
     "shard_tasks": "cluster config_parts errors shards weights",
     "convert": "config errors manifest meta_llama shard_tasks shards storage weights",
     "merge_operations": "errors weights",
-    "merge_adapter": "errors manifest merge_operations weights",
+    "merge_adapter": "errors manifest merge_operations models_of_2023 weights",
     "merge_plan": "errors manifest merge_adapter merge_operations shards weights",
-    "proof": "merge_adapter merge_plan weights",
-    "merge": "config convert errors lora manifest merge_operations merge_plan proof shard_tasks shards storage weights",
+    "proof": "merge_adapter merge_plan models_of_2023 weights",
+    "merge": "config convert errors hub lora manifest merge_operations merge_plan models_of_2023 proof published"
+    " shard_tasks shards storage weights",
     # a model -> answers
     "engine": "config data errors manifest prompts storage",
     "service": "cluster config errors manifest prompts",

@@ -27,6 +27,7 @@ from paddock.config_parts import (
     Location,
     LoraPart,
     ModelConfig,
+    ModelLocation,
     Paths,
     PredictPart,
     PromptConfig,
@@ -88,10 +89,10 @@ class TrainConfig(JobConfig):
 class MergeConfig(JobConfig, ShardPart):
     """Base + adapters, in order -> one model: `python -m jobs.merge`."""
 
-    base_model: Location
-    """A Hugging Face directory."""
-    lora_model: Annotated[tuple[Location, ...], Split] = ()
-    """PEFT adapter directories in the order they apply: `lora_model=A,B`."""
+    base_model: ModelLocation
+    """A Hugging Face directory, or a model on the hub (`ORG/NAME`)."""
+    lora_model: Annotated[tuple[ModelLocation, ...], Split] = ()
+    """PEFT adapters, directories or on the hub, in the order they apply: `lora_model=A,B`."""
     output_type: Literal["huggingface", "pth"] = "huggingface"
     """The layout that is written: Hugging Face safetensors, or Meta's consolidated `.pth`."""
     max_shard_size: str = "2GB"

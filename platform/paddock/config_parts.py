@@ -9,7 +9,9 @@ SamplingParams.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
@@ -42,6 +44,14 @@ def _resolve(value: str, info: ValidationInfo) -> str:
     return os.path.abspath(os.path.join(paths.root, value))
 
 
+def _resolve_model(value: str, info: ValidationInfo) -> str:
+    paths: Paths = info.context if isinstance(info.context, Paths) else Paths(os.getcwd(), None)
+    here = paths.root or ""
+    if _HUB_NAME.fullmatch(value) and "://" not in here and not Path(here, value).exists():
+        return f"hf://{value}"
+    return _resolve(value, info)
+
+
 def _split(value: Any) -> Any:
     """`a,b` on the command line is a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -58,6 +68,11 @@ T = TypeVar("T")
 How = Annotated[T, _NotHashed()]
 Location = Annotated[str, AfterValidator(_resolve), _NotHashed()]
 """A path or URI. It is not part of the configuration's hash: inputs count by their content."""
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+ModelLocation = Annotated[str, AfterValidator(_resolve_model), _NotHashed()]
+"""A path, a URI, or a model on the Hugging Face hub: `hf://ORG/NAME@REVISION`, or ORG/NAME where no such path is."""
 
 
 def is_hashed(field: FieldInfo) -> bool:

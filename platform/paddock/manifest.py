@@ -16,16 +16,15 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from paddock import __version__, storage
 from paddock.errors import OutputError, PaddockError
+from paddock.locks import locked as locked  # noqa: PLC0414 (part of this module's interface)
 
 NAME = storage.MANIFEST
 _HASHES = 4  # files that are hashed at a time
@@ -204,25 +203,30 @@ def stage(
     *,
     kind: str,
     config: Mapping[str, Any],
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, str] | Future[dict[str, str]],
     overwrite: bool = False,
     resume: bool = False,
 ) -> Iterator[Stage]:
     """Write a directory as one step: all of it with its manifest, or nothing.
 
-    `config` is what can change the result, `inputs` the fingerprint of everything that is read. resume: begin with
-    what a killed run of the same work left; a run that fails leaves nothing either way. Raises OutputError where the
-    place is taken by another configuration's output, by foreign files or by a running job.
+    `config` is what can change the result, `inputs` the fingerprint of everything that is read; it may come later
+    where nothing is there to compare it with. resume: begin with what a killed run of the same work left; a run that
+    fails leaves nothing either way. Raises OutputError where the place is taken by another configuration's output, by
+    foreign files or by a running job.
     """
     place = storage.workplace(output_dir)
     with locked(output_dir):
         partial = place.parent / f".{place.name}.partial"
+        later = inputs if isinstance(inputs, Future) else None
+        known = dict(inputs) if not isinstance(inputs, Future) else {}
+        if later and (partial.exists() or storage.children(output_dir)):
+            known, later = later.result(), None
         work = Stage(
             kind=kind,
             place=storage.join(output_dir),
             directory=partial / place.name,
             config=dict(config),
-            inputs=dict(inputs),
+            inputs=known,
             finished=None,
             notes=partial / "notes",
         )
@@ -235,9 +239,15 @@ def stage(
             _discard(partial)
             yield work
             return
-        _begin(work, partial, resume)
+        _begin(work, partial, resume and later is None)
+        if later:
+            later.add_done_callback(lambda _: _sign(work, partial, later))
+        else:
+            _sign(work, partial)
         try:
             yield work
+            if later:
+                work.inputs.update(later.result())
             commit(work.directory, kind, work.config, work.inputs, work.extra, work.hashes)
             if storage.is_uri(work.place):
                 storage.publish(work.directory, work.place)
@@ -261,13 +271,24 @@ def _discard(partial: Path) -> None:
 
 def _begin(work: Stage, partial: Path, resume: bool) -> None:
     """Make the directory to work in, with what a killed run of the same work left in it if that is wanted."""
-    same = config_hash({"kind": work.kind, "by": __version__, "config": work.config, "inputs": work.inputs})
     whose = partial / "work.sha256"
-    if not (resume and whose.is_file() and whose.read_text(encoding="ascii") == same):
+    if not (resume and whose.is_file() and whose.read_text(encoding="ascii") == _identity(work)):
         _discard(partial)
     work.directory.mkdir(parents=True, exist_ok=True)
     (work.directory / NAME).unlink(missing_ok=True)
-    whose.write_text(same, encoding="ascii")
+
+
+def _sign(work: Stage, partial: Path, inputs: Future[dict[str, str]] | None = None) -> None:
+    """Say in a directory that is being worked in which work that is."""
+    if inputs is not None:
+        if inputs.cancelled() or inputs.exception() is not None or not partial.exists():
+            return
+        work.inputs.update(inputs.result())
+    (partial / "work.sha256").write_text(_identity(work), encoding="ascii")
+
+
+def _identity(work: Stage) -> str:
+    return config_hash({"kind": work.kind, "by": __version__, "config": work.config, "inputs": work.inputs})
 
 
 def commit(
@@ -290,33 +311,6 @@ def commit(
     )
     manifest.write(directory)
     return manifest
-
-
-@contextmanager
-def locked(output_dir: str | Path) -> Iterator[None]:
-    """Hold an output directory for one run. Raises OutputError where another run holds it.
-
-    A URI is held on this machine only: an object store has no locks.
-    """
-    place = storage.workplace(output_dir)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output_dir}: cannot be made ({error.strerror}: {error.filename})") from None
-    if place.is_file():
-        raise OutputError(f"{output_dir}: is a file; output_dir names a directory")
-    lock = FileLock(place.parent / f".{place.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"{output_dir}: another run is writing here; wait for it or choose another output_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def difference(found: Manifest, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from paddock import manifest, storage
+from paddock import hub, manifest, published, storage
 from paddock.config import MergeConfig
 from paddock.convert import write_meta
 from paddock.errors import ModelError, OutputError
 from paddock.lora import TOKENIZER_FILES
 from paddock.merge_operations import MergedModel
 from paddock.merge_plan import Plan, make_plan
+from paddock.models_of_2023 import Tokens, put_right, special_tokens
 from paddock.proof import prove
 from paddock.shard_tasks import write_shards
 from paddock.shards import plan_shards, write_index
 from paddock.weights import read_object, write_object
 
+Inputs = dict[str, manifest.Input]
 # What a file says about the machine it was made on.
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file")
 
@@ -36,22 +41,26 @@ def merge(config: MergeConfig) -> str | Path:
     OutputError where the place is taken or the disk is too small.
     """
     manifest.apart(config.output_dir, config.base_model, *config.lora_model)
-    plan = plan_of(config)
+    with ThreadPoolExecutor(1) as pool:
+        # Hashing 13 GB takes as long as reading it: that goes on while shards are written.
+        inputs = pool.submit(_inputs, config)
+        return _merge(config, plan_of(config), inputs, pool.submit(lambda: _hashes(inputs.result())))
+
+
+def _merge(config: MergeConfig, plan: Plan, inputs: Future[Inputs], hashes: Future[dict[str, str]]) -> str | Path:
     shards = plan_shards(plan.infos, config.max_shard_size)
-    inputs = _inputs(config)
     meta = config.output_type == "pth"
     with manifest.stage(
         config.output_dir,
         kind="meta" if meta else "model",
         config=config.hashed(),
-        inputs={name: found.hash for name, found in inputs.items()},
+        inputs=hashes,
         overwrite=config.overwrite,
         resume=True,
     ) as stage:
         if stage.finished:
             return stage.place
-        for note in plan.notes:
-            print(f"merge: {note}", flush=True)
+        _say(plan.notes)
         # Meta's layout is made from Hugging Face's, which goes when it is done.
         directory = stage.notes / "huggingface" if meta else stage.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,15 +74,21 @@ def merge(config: MergeConfig) -> str | Path:
             stage.extra["merged_vs_adapter"] = _proven(plan, directory, config)
         norms = {name: norm for done in written.values() for name, norm in done.said.items()}
         stage.extra["delta_norms"] = {name: norms[name] for name in plan.outputs if name in norms}
-        stage.extra["input_files"] = {
-            name: {path: entry.sha256 for path, entry in found.files.items()} for name, found in inputs.items()
-        }
+        files = {name: {path: file.sha256 for path, file in it.files.items()} for name, it in inputs.result().items()}
+        stage.extra["input_files"] = files
+        for place, sums in zip((plan.base, *(step.adapter for step in plan.steps)), files.values(), strict=True):
+            _say(f"{hub.name(place)}: {line}" for line in published.recognised(hub.name(place), sums))
         if meta:
             stage.extra.update(write_meta(directory, stage.directory))
         else:
             stage.hashes.update({name: manifest.FileEntry(done.bytes, done.sha256) for name, done in written.items()})
         _write_card(stage.directory, plan, stage.extra.get("merged_vs_adapter"))
     return stage.place
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"merge: {line}", flush=True)
 
 
 def plan_text(config: MergeConfig) -> str:
@@ -96,14 +111,19 @@ def plan_text(config: MergeConfig) -> str:
 def plan_of(config: MergeConfig) -> Plan:
     """The plan of a configured merge (see `paddock.merge_plan.make_plan`)."""
     dtype = getattr(torch, config.dtype) if config.dtype else None
-    return make_plan(storage.fetch(config.base_model), [storage.fetch(d) for d in config.lora_model], dtype)
+    base, *adapters = [storage.fetch(hub.local(place)) for place in (config.base_model, *config.lora_model)]
+    return make_plan(base, adapters, dtype)
 
 
-def _inputs(config: MergeConfig) -> dict[str, manifest.Input]:
-    inputs = {"base_model": manifest.look(config.base_model)}
+def _inputs(config: MergeConfig) -> Inputs:
+    inputs = {"base_model": manifest.look(hub.local(config.base_model))}
     for number, directory in enumerate(config.lora_model):
-        inputs[f"lora_model.{number}"] = manifest.look(directory)
+        inputs[f"lora_model.{number}"] = manifest.look(hub.local(directory))
     return inputs
+
+
+def _hashes(inputs: Inputs) -> dict[str, str]:
+    return {name: found.hash for name, found in inputs.items()}
 
 
 def _check_disk(directory: Path, size: int, output_dir: str) -> None:
@@ -136,34 +156,42 @@ def _proven(plan: Plan, directory: Path, config: MergeConfig) -> dict[str, float
 
 def _write_files(plan: Plan, directory: Path) -> None:
     """Everything beside the weights: configuration, tokenizer, generation config."""
-    values = {key: value for key, value in plan.base_config.items() if key not in _LOCAL_KEYS}
+    tokens = special_tokens(plan.tokenizer)
+    values = dict(plan.base_config)
     values["vocab_size"], values["tie_word_embeddings"] = plan.rows, plan.tied
     values.pop("torch_dtype", None)
     dtypes = [info.dtype for info in plan.infos.values() if info.dtype.is_floating_point]
     values["dtype"] = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
-    write_object(directory / "config.json", values)
+    _write_object(directory / "config.json", values, tokens)
     if plan.tokenizer is not None:
         for name in TOKENIZER_FILES:
-            _copy(plan.tokenizer / name, directory / name)
+            _copy(plan.tokenizer / name, directory / name, tokens)
     for source in (plan.base, *(step.adapter for step in plan.steps)):
-        _copy(source / "generation_config.json", directory / "generation_config.json")
+        _copy(source / "generation_config.json", directory / "generation_config.json", tokens)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file as it is, or without the paths that transformers used to leave in its JSON."""
+def _copy(source: Path, target: Path, tokens: Tokens) -> None:
+    """Copy a file as it is where nothing in it has to change."""
     if not source.is_file():
         return
     if source.suffix == ".json" and source.name != "tokenizer.json":
         values = read_object(source)
-        if any(key in values for key in _LOCAL_KEYS):
-            write_object(target, {key: value for key, value in values.items() if key not in _LOCAL_KEYS})
+        if any(key in values for key in _LOCAL_KEYS) or put_right(source.name, values, tokens)[1]:
+            _write_object(target, values, tokens)
             return
     shutil.copyfile(source, target)
 
 
+def _write_object(target: Path, values: dict[str, Any], tokens: Tokens) -> None:
+    """Write a JSON file, put right, without the paths that transformers used to leave in it."""
+    right, notes = put_right(target.name, values, tokens)
+    _say(notes)
+    write_object(target, {key: value for key, value in right.items() if key not in _LOCAL_KEYS})
+
+
 def _write_card(directory: Path, plan: Plan, proof: dict[str, float | int] | None) -> None:
     """README.md, the model card."""
-    adapters = [f"{n}. `{step.adapter.name}`, {step.rows} rows" for n, step in enumerate(plan.steps, 1)]
+    adapters = [f"{n}. `{hub.name(step.adapter)}`, {step.rows} rows" for n, step in enumerate(plan.steps, 1)]
     if proof is None:
         said = "It was not compared with base + adapters."
     else:
@@ -177,9 +205,9 @@ def _write_card(directory: Path, plan: Plan, proof: dict[str, float | int] | Non
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
-        f"# {plan.base.name} with {len(plan.steps)} merged LoRA adapters",
+        f"# {hub.name(plan.base)} with {len(plan.steps)} merged LoRA adapters",
         "",
-        f"Base: `{plan.base.name}`. Adapters, in the order they were applied:",
+        f"Base: `{hub.name(plan.base)}`. Adapters, in the order they were applied:",
         "",
         *(adapters or ["(none)"]),
         "",

@@ -19,11 +19,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from transformers import AutoTokenizer
 
 from paddock import manifest
 from paddock.errors import ModelError
 from paddock.merge_operations import AddBias, AddLora, Operation, Replace, ReplaceRows
+from paddock.models_of_2023 import load_tokenizer
 from paddock.weights import Weights, one_line, open_adapter, read_object
 
 _PREFIX = "base_model.model."
@@ -90,7 +90,7 @@ def count_tokens(directory: Path) -> int | None:
     if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return None
     try:
-        return len(AutoTokenizer.from_pretrained(directory))
+        return len(load_tokenizer(directory))
     except Exception as error:  # transformers raises whatever it stumbles over
         raise ModelError(f"{directory}: transformers cannot read its tokenizer: {one_line(error)}") from None
 

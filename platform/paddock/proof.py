@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from transformers import AutoTokenizer
 
 from paddock.merge_adapter import Reading
 from paddock.merge_plan import Plan, empty_model
+from paddock.models_of_2023 import load_tokenizer
 from paddock.weights import Weights, open_model
 
 _TEXTS = (
@@ -65,7 +65,7 @@ def prove(plan: Plan, merged: Path, prompts: int) -> dict[str, float | int]:
 def prompt_ids(plan: Plan, prompts: int) -> list[list[int]]:
     """Prompts as token ids, always the same for a model: texts in several languages by turns with ids spread
     over the whole vocabulary, so that grown rows are seen too."""
-    tokenizer = None if plan.tokenizer is None else AutoTokenizer.from_pretrained(plan.tokenizer)
+    tokenizer = None if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
     found = []
     for number in range(prompts):
         if tokenizer is not None and number % 2 == 0:
