@@ -50,6 +50,8 @@ class Adapter:
     weights: Weights
     tokens: int | None
     """The number of tokens of the tokenizer beside it, if there is one."""
+    obsolete: tuple[str, ...]
+    """Keys of its configuration that PEFT no longer knows and that say nothing."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -82,7 +84,8 @@ def open_lora(directory: Path) -> Adapter:
             config = LoraConfig.from_pretrained(str(directory))
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(f"{file}: refused by peft: {one_line(error)}") from None
-    return Adapter(directory, config, open_adapter(directory), count_tokens(directory))
+    obsolete = tuple(key for key in values if key not in LoraConfig.__dataclass_fields__)
+    return Adapter(directory, config, open_adapter(directory), count_tokens(directory), obsolete)
 
 
 def count_tokens(directory: Path) -> int | None:

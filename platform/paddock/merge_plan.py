@@ -132,6 +132,10 @@ class _Model:
         self.head = names[id(empty.get_output_embeddings())]
         infos = self.weights.infos
         self.outputs = {name: OutputTensor(name, name, info) for name, info in infos.items() if not self._drops(name)}
+        buffers = [name for name in infos if name.endswith("rotary_emb.inv_freq")]
+        if buffers:
+            also = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+            self.notes.append(f"{buffers[0]}{also}: dropped; they follow from config.json")
         for name, parameter in empty.named_parameters():
             shape, found_shape = tuple(parameter.shape), infos[name].shape if name in infos else None
             if shape != found_shape:
@@ -142,6 +146,10 @@ class _Model:
     def apply(self, adapter: Adapter, number: int) -> None:
         """Add an adapter's operations. Raises ModelError naming what does not fit."""
         where = adapter.directory
+        if adapter.obsolete:
+            self.notes.append(f"{where.name}: adapter_config.json: {', '.join(adapter.obsolete)} dropped; unset anyway")
+        if adapter.tokens is None:
+            self.notes.append(f"{where.name}: has no tokenizer of its own; the tokenizer so far stays")
         smallest = self.rows if self.tokens is None else self.tokens
         if adapter.tokens is not None and adapter.tokens < smallest:
             raise ModelError(
@@ -233,7 +241,6 @@ class _Model:
 
     def _drops(self, name: str) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
-            self.notes.append(f"{name}: dropped; it follows from config.json")
             return True
         if self.tied and name == f"{self.head}.weight":
             self.notes.append(f"{name}: dropped; config.json ties it to the embedding")

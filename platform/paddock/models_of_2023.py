@@ -52,6 +52,8 @@ def put_right(name: str, values: Mapping[str, Any], tokens: Tokens) -> tuple[dic
         for token, (_, text) in tokens.items():
             if not values.get(f"{token}_token"):
                 change(f"{token}_token", text)
+        if "add_bos_token" not in values:  # it was true where nothing was said
+            change("add_bos_token", True)
     if name in ("config.json", "generation_config.json"):
         if values.get("architectures") == [_OLD_MODEL]:
             change("architectures", ["LlamaForCausalLM"])
