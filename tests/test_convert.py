@@ -73,7 +73,7 @@ def test_demo_meta_weights_are_the_base(assets: Path, tmp_path: Path) -> None:
     assert manifest.verify(converted).kind == "model"
 
 
-@pytest.mark.parametrize(("shards", "axis"), [(1, 1), (2, 1), (4, 1), (4, 0)])
+@pytest.mark.parametrize(("shards", "axis"), [(1, 1), (2, 1), (4, 1), (4, 0), (8, 1)])
 def test_there_and_back_is_byte_equal(grouped: Path, tmp_path: Path, shards: int, axis: int) -> None:
     meta = run(grouped, tmp_path / "meta", output_type="pth")
     params = json.loads((meta / "params.json").read_text())

@@ -56,14 +56,14 @@ def test_killed_twenty_times(root: Path, tmp_path: Path) -> None:
 
     whole, place = tmp_path / "whole", tmp_path / "out" / "model"
     first = start(root, base, adapter, whole)
-    began = _wait_for(tmp_path / ".whole.partial", first)
+    began = _begun(tmp_path / ".whole.partial" / "work.sha256", first)
     assert first.wait() == 0
     working = time.monotonic() - began
     place.parent.mkdir()
     kept = 0
     for _ in range(20):
         running = start(root, base, adapter, place)
-        _wait_for(place.parent / ".model.partial" / "work.sha256", running)
+        _begun(place.parent / ".model.partial" / "work.sha256", running)
         time.sleep(rng.uniform(0, working))
         running.send_signal(signal.SIGKILL)
         said = running.communicate()[0]
@@ -78,7 +78,9 @@ def test_killed_twenty_times(root: Path, tmp_path: Path) -> None:
     assert [file.name for file in place.parent.iterdir() if file.suffix != ".lock"] == ["model"]
 
 
-def _wait_for(file: Path, running: subprocess.Popen[bytes]) -> float:
-    while not file.exists() and running.poll() is None:
+def _begun(file: Path, running: subprocess.Popen[bytes]) -> float:
+    """Wait until a run has written a file, which an earlier one may have left; return when."""
+    before = file.stat().st_mtime_ns if file.exists() else None
+    while running.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
         time.sleep(0.005)
     return time.monotonic()
