@@ -42,7 +42,7 @@ def draw(rng: random.Random, rows: int, tied: bool) -> tuple[dict[str, Any], int
     if rng.random() < 0.15 and "layers_to_transform" not in config:
         targets = "all-linear"
         config.pop("exclude_modules", None)
-    elif rng.random() < 0.15:
+    elif rng.random() < 0.15 and "lora_bias" not in config:
         targets = [*targets, "embed_tokens"]
     grown, ends = None, []
     if "embed_tokens" not in targets:

@@ -59,7 +59,7 @@ def convert(config: ConvertConfig) -> str | Path:
         if stage.finished:
             return stage.place
         if to_meta:
-            stage.extra.update(write_meta(source, stage.directory))
+            stage.extra.update(write_meta(source, stage.directory, stage.notes / "rotary"))
         else:
             write_huggingface(source, tokenizer, config, stage)
     return stage.place
@@ -142,10 +142,11 @@ def write_huggingface(source: Path, tokenizer: Path | None, config: ConvertConfi
     )
 
 
-def write_meta(source: Path, target: Path) -> dict[str, Any]:
+def write_meta(source: Path, target: Path, scratch: Path) -> dict[str, Any]:
     """Write a Hugging Face LLaMA directory in Meta's layout, as one `consolidated.00.pth`.
 
-    Returns what the layout has no place for and the manifest keeps.
+    torch.save takes all tensors at once: those that are not in the source as they will be are kept in files in
+    `scratch`, not in memory. Returns what the layout has no place for and the manifest keeps.
     """
     if not (source / "config.json").is_file():
         raise ModelError(f"{source}: no config.json; give a Hugging Face model directory")
@@ -178,6 +179,7 @@ def write_meta(source: Path, target: Path) -> dict[str, Any]:
     )
     weights = open_model(source)
     tensors: dict[str, torch.Tensor] = {}
+    scratch.mkdir(parents=True, exist_ok=True)
     used: set[str] = set()
     for name, shape in params.shapes().items():
         place = params.place(name)
@@ -189,7 +191,9 @@ def write_meta(source: Path, target: Path) -> dict[str, Any]:
             raise ModelError(f"{source}: tensor {theirs} is {has}, its config.json asks for {shape}")
         used.add(theirs)
         tensor = weights.read(theirs)
-        tensors[name] = tensor.clone() if tied else tensor if place.heads is None else unpermute(tensor, place.heads)
+        if place.heads is not None:
+            tensor = unpermute(tensor, place.heads)
+        tensors[name] = _in_file(tensor, scratch / name) if tied or place.heads is not None else tensor
     for name in weights.infos.keys() - used:
         if not name.endswith("rotary_emb.inv_freq") and not (config.tie_word_embeddings and name == "lm_head.weight"):
             raise ModelError(f"{source}: tensor {name} is none of LLaMA's; it would be lost")
@@ -198,6 +202,12 @@ def write_meta(source: Path, target: Path) -> dict[str, Any]:
     if (source / "tokenizer.model").is_file():
         shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
     return {"max_position_embeddings": config.max_position_embeddings}
+
+
+def _in_file(tensor: torch.Tensor, file: Path) -> torch.Tensor:
+    """A copy whose memory is a file, which the system may write out and forget."""
+    held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return held.reshape(tensor.shape).copy_(tensor)
 
 
 def _open_shares(source: Path) -> list[Weights]:

@@ -79,7 +79,7 @@ def _merge(config: MergeConfig, plan: Plan, inputs: Future[Inputs], hashes: Futu
         for place, sums in zip((plan.base, *(step.adapter for step in plan.steps)), files.values(), strict=True):
             _say(f"{hub.name(place)}: {line}" for line in published.recognised(hub.name(place), sums))
         if meta:
-            stage.extra.update(write_meta(directory, stage.directory))
+            stage.extra.update(write_meta(directory, stage.directory, stage.notes / "rotary"))
         else:
             stage.hashes.update({name: manifest.FileEntry(done.bytes, done.sha256) for name, done in written.items()})
         _write_card(stage.directory, plan, stage.extra.get("merged_vs_adapter"))
