@@ -100,7 +100,12 @@ def check(lab: Lab, seed: int) -> None:
     tied = rng.random() < 0.25
     base_dtype, adapter_dtype = rng.choice(list(DTYPES.values())), rng.choice(list(DTYPES.values()))
     base = lab.base(
-        dtype=base_dtype, shards=rng.choice(["50GB", "60KB"]), tie_word_embeddings=tied, attention_bias=True
+        dtype=base_dtype,
+        shards=rng.choice(["50GB", "60KB"]),
+        tie_word_embeddings=tied,
+        attention_bias=True,
+        mlp_bias=True,
+        mlp_bias=True,
     )
     rows, adapters = VOCABULARY, list[tuple[Path, int | None]]()
     for number in range(rng.randint(1, 3)):
