@@ -105,7 +105,6 @@ def check(lab: Lab, seed: int) -> None:
         tie_word_embeddings=tied,
         attention_bias=True,
         mlp_bias=True,
-        mlp_bias=True,
     )
     rows, adapters = VOCABULARY, list[tuple[Path, int | None]]()
     for number in range(rng.randint(1, 3)):
