@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from paddock.config_parts import (
     DataConfig,
@@ -127,20 +127,39 @@ class ServeConfig(ServePart):
 
 
 class PredictConfig(JobConfig):
-    """A test set through a served model: `python -m jobs.predict`."""
+    """A test set through a model: `python -m jobs.predict`."""
 
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
-    model: ModelConfig
+    model: ModelConfig | None = None
+    """The model that answers; with `target_url` it is whatever answers there."""
+    adapter: Location | None = None
+    """A PEFT adapter on the model, served unmerged."""
+    adapter_by_task: dict[str, Location] = Field(default_factory=dict)
+    """Task -> the adapter for its rows, such as `{CMeEE-V2: runs/a/checkpoint-800}`; other rows take `adapter`."""
+    adapters: Annotated[tuple[Location, ...], Split] = ()
+    """A sweep: adapters, or patterns such as runs/x/checkpoint-*, each scored on the gold rows of `data.dev`."""
+    merge_best: Location | None = None
+    """Where the sweep's best adapter is merged into the model."""
+    target_url: str | None = None
+    """An endpoint to ask over HTTP, an OpenAI-compatible one or a reference /generate, instead of serving a model."""
+    engine: How[Literal["serve", "local"]] = "serve"
+    """serve: a Serve application answers. local: the workers of the run hold vLLM themselves."""
     serve: How[ServePart] = ServePart()
     predict: PredictPart = PredictPart()
 
+    def base(self) -> ModelConfig:
+        """The model that answers. Raises ConfigError where none is named."""
+        if self.model is None:
+            raise ConfigError("model.path: is required; give a model directory as model.path=DIR, or target_url=URL")
+        return self.model
+
     def service(self) -> ServeConfig:
         """The service that answers this run, when it has to be started."""
-        serve = self.serve.model_dump()
-        if self.model.dtype is not None:
-            serve["engine"] = {"dtype": self.model.dtype, **serve["engine"]}
-        return ServeConfig(model=self.model.path, prompt=self.prompt, **serve)
+        serve, model = self.serve.model_dump(), self.base()
+        if model.dtype is not None:
+            serve["engine"] = {"dtype": model.dtype, **serve["engine"]}
+        return ServeConfig(model=model.path, prompt=self.prompt, **serve)
 
 
 class ScoreConfig(JobConfig):
