@@ -46,7 +46,11 @@ ALLOWED = {
     "engine": "config data errors manifest prompts storage",
     "service": "cluster config errors manifest prompts",
     "ledger": "errors storage",
-    "predict": "cluster config data engine errors ledger lora manifest prompts scoring service storage submission",
+    "unmerged": "errors lora merge_adapter storage",
+    "clients": "config data engine errors lora prompts",
+    "feeder": "clients config data errors ledger",
+    "predict": "clients cluster config data engine errors feeder ledger lora manifest prompts scoring service storage"
+    " submission tasks unmerged",
     # answers -> scores, without a model
     "tasks": "",
     "scoring": "data errors tasks",
@@ -58,10 +62,10 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission train",
     # measurements, which may look into everything
-    "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
-    " prompts service storage train weights",
+    "benchmark": "clients cluster config config_parts data demo engine errors ledger lora manifest merge packing"
+    " predict prompts service storage train weights",
 }
-RAY_EDGES = {"cluster", "service", "train", "merge", "predict", "pipeline", "benchmark"}
+RAY_EDGES = {"cluster", "service", "train", "merge", "clients", "predict", "pipeline", "benchmark"}
 
 
 def _files(root: Path, *folders: str) -> list[Path]:
