@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray.util.state import list_actors
@@ -89,7 +88,7 @@ class Driver:
 
 def _kill_actor(name: str) -> None:
     (actor,) = [a for a in list_actors(limit=1000) if name in a.class_name and a.state == "ALIVE"]
-    psutil.Process(actor.pid).kill()
+    os.kill(actor.pid, signal.SIGKILL)
 
 
 def _interrupt(victim: str, times: int, tree: dict[str, Any], output: Path, cluster: Any, root: Path) -> Counter[int]:

@@ -53,10 +53,15 @@ ALLOWED = {
     " submission tasks unmerged",
     # answers -> scores, without a model
     "tasks": "",
-    "scoring": "data errors tasks",
+    "resampling": "tasks",
+    "lenient": "tasks",
+    "scoring": "data errors lenient resampling tasks",
     "submission": "data errors scoring tasks",
-    "report": "data scoring tasks",
-    "evaluation": "config data errors manifest report scoring storage tasks",
+    "charts": "",
+    "baselines": "",
+    "report": "baselines charts data resampling scoring tasks",
+    "evaluation": "config data errors ledger manifest report resampling scoring storage tasks",
+    "comparison": "config data errors evaluation manifest resampling scoring storage submission tasks",
     # everything in one run
     "demo": "config data manifest merge prompts storage",
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"

@@ -16,7 +16,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -173,6 +173,29 @@ class ScoreConfig(JobConfig):
     """The benchmark's vintage: v1 has 16 tasks, v2 has 18."""
 
 
+class CompareConfig(Settings):
+    """The scores of two predictions of the same rows: `python -m jobs.score compare A B`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    a: Location
+    """What is compared with: a directory of scores or of predictions, or a file of predictions."""
+    b: Location
+    """What is compared."""
+    gold: Location | None = None
+    """The rows with the right `target`; null takes the file that `a` or `b` was scored against."""
+    profile: Literal["v1", "v2"] | None = None
+    """The benchmark's vintage; null takes the one that has every row's task."""
+    draws: int = Field(default=2000, ge=100)
+    """Sets of rows that the bootstrap draws."""
+    seed: int = 0
+    """Seeds what is drawn."""
+    output_dir: Location | None = None
+    """Where comparison.json is written, with every row that changed; null only tells."""
+    storage_path: str | None = None
+    """Where relative paths of a submitted job lie."""
+
+
 class DemoConfig(TrainConfig):
     """Everything in one run: `python -m jobs.demo`. The defaults are for a tiny model on two cores."""
 
@@ -324,6 +347,7 @@ def _hashed(settings: BaseModel) -> dict[str, Any]:
 
 
 __all__ = [
+    "CompareConfig",
     "ConvertConfig",
     "DataConfig",
     "DemoConfig",

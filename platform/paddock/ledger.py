@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -126,11 +127,7 @@ class Ledger:
 
     def predictions(self) -> dict[int, Prediction]:
         """Every row that was tried, by its index."""
-        found: dict[int, Prediction] = {}
-        for file in sorted(self.shards.glob("[0-9]*.parquet")):
-            for record in pq.read_table(file).to_pylist():
-                found[record["row_index"]] = Prediction(**record)
-        return found
+        return read_shards(self.shards)
 
     def pending(self, rows: int, *, retry_quarantined: bool = False) -> list[int]:
         """The indices that are still to be predicted."""
@@ -146,6 +143,15 @@ class Ledger:
         )
         (self.directory / "quarantine.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return len(failed)
+
+
+def read_shards(directory: str | Path) -> dict[int, Prediction]:
+    """The predictions in a directory of shards, by row index; none where there is no such directory."""
+    found: dict[int, Prediction] = {}
+    for name in sorted(name for name in storage.children(directory) if re.fullmatch(r"\d+\.parquet", name)):
+        for record in pq.read_table(storage.fetch(storage.join(directory, name))).to_pylist():
+            found[record["row_index"]] = Prediction(**record)
+    return found
 
 
 @contextmanager
