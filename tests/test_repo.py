@@ -62,6 +62,9 @@ ALLOWED = {
     "report": "baselines charts data resampling scoring tasks",
     "evaluation": "config data errors ledger manifest report resampling scoring storage tasks",
     "comparison": "config data errors evaluation manifest resampling scoring storage submission tasks",
+    # many adapters -> the best
+    "sweep": "charts clients cluster config data errors evaluation manifest merge predict report scoring storage"
+    " submission unmerged",
     # everything in one run
     "demo": "config data manifest merge prompts storage",
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"

@@ -12,7 +12,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ _LOST_FEEDERS = 3
 _HOW = {"gpu_memory_utilization", "disable_log_stats", "max_num_seqs", "max_num_batched_tokens", "swap_space"}
 
 
-def predict(config: PredictConfig) -> str | Path:
+def predict(config: PredictConfig, make_client: Callable[[], Callable[[], Client]] | None = None) -> str | Path:
     """Predict `data.test` and return `output_dir`, which holds the ledger and the submission.
+
+    `make_client` gives what `answering` does, where that is up for several runs.
 
     Raises a PaddockError before anything starts for whatever is wrong by then, and ServiceError where the
     service stops answering; started again, it goes on with the rows that are missing.
@@ -68,12 +70,13 @@ def predict(config: PredictConfig) -> str | Path:
         for directory in (output, ledger.directory):
             storage.remove(storage.join(directory, manifest.NAME))
         if pending:
-            started = cluster.connect()
-            try:
-                with _answering(config, endpoint) as make_client:
-                    _predict_pending(config, rows, pending, make_client, ledger)
-            finally:
-                cluster.disconnect(started)
+            with ExitStack() as stack:
+                if make_client is None:
+                    stack.callback(cluster.disconnect, cluster.connect())
+                    client = stack.enter_context(answering(config, endpoint))
+                else:
+                    client = make_client()
+                _predict_pending(config, rows, pending, client, ledger)
         _finish(config, rows, ledger, key)
     return output
 
@@ -174,7 +177,7 @@ def _remove_ours(output: str | Path) -> None:
 
 
 @contextmanager
-def _answering(config: PredictConfig, endpoint: Endpoint | None) -> Iterator[Callable[[], Client]]:
+def answering(config: PredictConfig, endpoint: Endpoint | None = None) -> Iterator[Callable[[], Client]]:
     """What makes a client in a worker, while what it asks is up."""
     template = prompts.load_template(config.prompt.template)
     if endpoint is not None:

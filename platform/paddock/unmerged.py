@@ -55,15 +55,15 @@ def check(adapter: str | Path, model: str | Path) -> None:
         raise ModelError(f"{adapter}: cannot be served unmerged: {reason}; merge it (jobs.merge) first")
 
 
-def engine_args(adapters: Sequence[str | Path]) -> dict[str, Any]:
-    """vLLM's engine arguments for serving them all from one base."""
+def engine_args(adapters: Sequence[str | Path], at_once: int = _MOST_AT_ONCE) -> dict[str, Any]:
+    """vLLM's engine arguments for serving them all from one base, `at_once` of them in one batch."""
     if not adapters:
         return {}
     most = max(open_lora(storage.fetch(adapter)).config.r for adapter in adapters)
     return {
         "enable_lora": True,
         "max_lora_rank": next(rank for rank in _RANKS if rank >= most),
-        # In one batch; others wait their turn in the CPU's memory.
-        "max_loras": min(len(adapters), _MOST_AT_ONCE),
+        # The others wait their turn in the CPU's memory.
+        "max_loras": min(len(adapters), at_once),
         "max_cpu_loras": len(adapters),
     }
