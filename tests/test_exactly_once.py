@@ -56,16 +56,24 @@ def _computed(output: Path) -> Counter[int]:
 
 
 class Driver:
-    """`python -m jobs.predict`, on the session's Ray."""
+    """`python -m jobs.predict`, on the session's Ray, whose workers take the package from here."""
 
     def __init__(self, tree: dict[str, Any], output: Path, cluster: Any, root: Path) -> None:
         self.output, self.log = output, output.with_suffix(".log")
         words = [f"output_dir={output}", f"data.test={tree['data']['test']}"]
         words += [f"{part}={tree[part]}".replace("'", "") for part in ("model", "predict")]
+        python_path = f"{root / 'platform'}:{root}"
+        code = (
+            "import ray, runpy, sys;"
+            f"ray.init({cluster.address!r}, log_to_driver=False,"
+            f" runtime_env={{'env_vars': {{'PYTHONPATH': {python_path!r}}}}});"
+            f"sys.argv[1:] = {words!r};"
+            "runpy.run_module('jobs.predict', run_name='__main__')"
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.predict", *words],
+            [sys.executable, "-c", code],
             cwd=root,
-            env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{root / 'platform'}:{root}"},
+            env={**os.environ, "PYTHONPATH": python_path},
             stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

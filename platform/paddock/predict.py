@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from paddock.clients import Client, Endpoint, HandleClient, HttpClient, LocalCli
 from paddock.config import PredictConfig, ServeConfig
 from paddock.data import Row, content_hash, read_rows, write_records
 from paddock.errors import ConfigError, DataError, OutputError, PaddockError, ServiceError
-from paddock.feeder import Asking, Feeder
+from paddock.feeder import Asking, Feeder, line
 from paddock.ledger import Ledger, Prediction
 from paddock.scoring import profile_of
 from paddock.submission import PREDICTIONS, write_submission
@@ -256,7 +257,7 @@ def _predict_pending(
                 _raise_unless_lost(error)
                 lost = 0 if len(left) < before else lost + 1
                 if lost >= _LOST_FEEDERS:
-                    raise ServiceError(f"the feeder died {lost} times without an answer: {error}") from error
+                    raise ServiceError(f"the feeder died {lost} times without an answer: {line(error)}") from error
                 bar.write(f"the feeder died; {len(left)} rows are still to be predicted")
     finally:
         # What was answered before the service went is not asked again.
@@ -272,6 +273,8 @@ def _stream(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = _BLOCK_BYTES
+    # What goes wrong is told in one line, or raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     items = [{"row_index": i, **asdict(rows[i])} for i in pending]
     resources = _resources(config)
     # Twice the open requests, so that there is always a next row where one is answered.
