@@ -8,10 +8,10 @@ Writes OUTPUT_DIR/NAME-MACHINE.json and its raw output, NAME-MACHINE.log.
 from __future__ import annotations
 
 import jobs
-from paddock.benchmark import BenchmarkConfig
+from paddock.benchmark import BenchmarkConfig, predict
 from paddock.errors import ConfigError
 
-COMMANDS = {}
+COMMANDS = {"predict": predict.run}
 
 
 def main(config: BenchmarkConfig) -> None:

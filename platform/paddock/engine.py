@@ -135,6 +135,7 @@ class Engine:
         check_engine_args(config.engine)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.served_model_name = config.served_model_name or Path(config.model).name
@@ -148,7 +149,8 @@ class Engine:
                 engine.setdefault("distributed_executor_backend", "uni")
         with _as_config_error():
             self._args = AsyncEngineArgs(model=str(model), served_model_name=self.served_model_name, **engine)
-            vllm_config = self._args.create_engine_config()
+            # Without it vLLM takes the sizes of a batch that a test would, not those of `vllm serve`.
+            vllm_config = self._args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         try:
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=self._args.disable_log_stats)
         except Exception as error:
