@@ -9,7 +9,7 @@ from typing import Any
 
 from paddock import __version__, ledger, manifest, storage
 from paddock.config import ScoreConfig
-from paddock.data import Row, read_rows
+from paddock.data import Row, place, read_rows
 from paddock.errors import DataError
 from paddock.report import Measured, Run, write_report
 from paddock.resampling import bootstrap
@@ -104,35 +104,28 @@ def read_pair(predictions: str | Path, gold: str | Path, profile: str | None) ->
         try:
             task_of(row, profile) if profile else profile_of([row])
         except DataError as error:
-            raise DataError(f"{_place(gold, index)}: {error}") from None
+            raise DataError(f"{place(gold, index)}: {error}") from None
         if not row.target.strip():
             raise DataError(
-                f"{_place(gold, index)}: the target of row {row.sample_id!r} is empty;"
+                f"{place(gold, index)}: the target of row {row.sample_id!r} is empty;"
                 " gold needs the right answer in every row"
             )
     said = read_rows(predictions, unique_ids=True)
     for index, (a, b) in enumerate(zip(said, right, strict=False)):
         if (a.sample_id, a.task_dataset) != (b.sample_id, b.task_dataset):
             raise DataError(
-                f"{_place(predictions, index)}: row {a.sample_id!r} of {a.task_dataset!r}, where"
-                f" {_place(gold, index)} has row {b.sample_id!r} of {b.task_dataset!r};"
+                f"{place(predictions, index)}: row {a.sample_id!r} of {a.task_dataset!r}, where"
+                f" {place(gold, index)} has row {b.sample_id!r} of {b.task_dataset!r};"
                 " predictions keep the rows and the order of the gold file"
             )
     if len(said) < len(right):
         raise DataError(
-            f"{_place(predictions, len(said) - 1)}: the file ends after {len(said)} of the {len(right)} rows of"
+            f"{place(predictions, len(said) - 1)}: the file ends after {len(said)} of the {len(right)} rows of"
             f" {gold}; predict every row"
         )
     if len(said) > len(right):
         raise DataError(
-            f"{_place(predictions, len(right))}: row {said[len(right)].sample_id!r} is not in {gold}, which has"
+            f"{place(predictions, len(right))}: row {said[len(right)].sample_id!r} is not in {gold}, which has"
             f" {len(right)} rows; predictions hold the gold file's rows and no others"
         )
     return said, right
-
-
-def _place(file: str | Path, index: int) -> str:
-    """FILE:LINE of a row; blank lines are no rows."""
-    with storage.fetch(file).open("rb") as lines:
-        numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
-    return f"{file}:{numbers[index]}"

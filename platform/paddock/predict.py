@@ -26,7 +26,7 @@ from tqdm import tqdm
 from paddock import cluster, engine, lora, manifest, prompts, service, storage, unmerged
 from paddock.clients import Client, Endpoint, HandleClient, HttpClient, LocalClient, find_endpoint
 from paddock.config import PredictConfig, ServeConfig
-from paddock.data import Row, content_hash, read_rows, write_records
+from paddock.data import Row, content_hash, place, read_rows, write_records
 from paddock.errors import ConfigError, DataError, OutputError, PaddockError, ServiceError
 from paddock.feeder import Asking, Feeder, line
 from paddock.ledger import Ledger, Prediction
@@ -88,10 +88,12 @@ def read_test(config: PredictConfig) -> list[Row]:
         raise ConfigError("data.test: is required; give the file of rows to predict as data.test=FILE")
     rows = read_rows(config.data.test, config.data.format, unique_ids=True)
     if config.data.format == "promptcblue":
+        known = {**TASKS["v1"], **TASKS["v2"]}
+        foreign = next((i for i, row in enumerate(rows) if row.task_dataset not in known), 0)
         try:
             profile_of(rows)  # tasks that no profile has are refused now, not when all is predicted
         except DataError as error:
-            raise DataError(f"{config.data.test}: {error}") from None
+            raise DataError(f"{place(config.data.test, foreign)}: {error}") from None
     return [replace(row, target="") for row in rows]
 
 
