@@ -103,9 +103,12 @@ class LocalClient:
     async def ask(self, question: Question, request_id: str) -> Answer:
         assert self.engine is not None
         ids = prompts.prompt_ids(self.engine.tokenizer, self.template, question.row)
-        said = await self.engine.generate(
-            ids, question.sampling, request_id, adapter=question.adapter, choices=question.choices
-        )
+        try:
+            said = await self.engine.generate(
+                ids, question.sampling, request_id, adapter=question.adapter, choices=question.choices
+            )
+        except ServiceError as error:
+            raise RuntimeError(str(error)) from None  # one request's; the next may be answered
         return _answer(vars(said))
 
 

@@ -59,13 +59,14 @@ def sweep(config: PredictConfig) -> dict[str, Any]:
             client = functools.cache(functools.partial(_one_service, stack, config, served))
             records = {}
             for name, run in runs.items():
-                if not _is_scored(run):
+                new = config.predict.retry_quarantined or not _is_scored(run)
+                if new:
                     if (reason := why[name]) is None:
                         predict(run, client)
                     else:
                         print(f"{name}: {reason}; merged for the time", flush=True)
                         _predict_merged(run, base, found[name])
-                records[name] = _score(run, gold_file, profile_of(gold))
+                records[name] = _score(run, gold_file, profile_of(gold), overwrite=new)
                 print(f"{name}: {records[name]['score']:.2f}", flush=True)
         record = _finish(config, gold, found, why, records)
     if config.merge_best is not None:
@@ -129,7 +130,7 @@ def _run(config: PredictConfig, name: str, adapter: str, gold_file: str) -> Pred
 def _claim(output: Path, key: dict[str, Any], config: PredictConfig) -> None:
     """Make the directory this sweep's. Raises OutputError where it is somebody else's; more adapters may come."""
     file = output / _KEY
-    others = [child.name for child in output.glob("*")]
+    others = [child.name for child in output.glob("*") if child.name[:1] != "."]
     if others and not file.exists():
         raise OutputError(f"{output}: holds files but no {_KEY}; choose another output_dir")
     if config.overwrite:
@@ -173,9 +174,11 @@ def _predict_merged(run: PredictConfig, base: str, adapter: str) -> None:
     storage.remove(place)
 
 
-def _score(run: PredictConfig, gold_file: str, profile: Any) -> dict[str, Any]:
+def _score(run: PredictConfig, gold_file: str, profile: Any, overwrite: bool) -> dict[str, Any]:
     predictions, output = f"{run.output_dir}/{PREDICTIONS}", f"{run.output_dir}/scores"
-    return score_files(ScoreConfig(predictions=predictions, gold=gold_file, profile=profile, output_dir=output))
+    return score_files(
+        ScoreConfig(predictions=predictions, gold=gold_file, profile=profile, output_dir=output, overwrite=overwrite)
+    )
 
 
 def _finish(
