@@ -40,15 +40,9 @@ def run(cls: type[Config], main: Callable[[Config], object], **commands: Callabl
 def _named(words: list[str], names: Sequence[str]) -> list[str]:
     """Words without a key get the keys that a configuration names for them, in order."""
     left, named = iter(names), []
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            named += [word, *([next(rest)] if word is not words[-1] else [])]
-        elif "=" in word or word.startswith("-"):
-            named.append(word)
-        else:
-            key = next(left, None)
-            named.append(word if key is None else f"{key}={word}")
+    for before, word in zip(["", *words], words, strict=False):
+        key = None if "=" in word or word.startswith("-") or before == "--config" else next(left, None)
+        named.append(word if key is None else f"{key}={word}")
     return named
 
 

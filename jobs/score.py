@@ -16,6 +16,12 @@ from paddock.comparison import compare
 from paddock.config import CompareConfig, ScoreConfig
 from paddock.evaluation import score_files
 
+# What is told where it is true of most rows.
+WARNED = {
+    "empty_texts": "texts are empty: the model said nothing, or was not asked",
+    "truncated": "texts ended at max_tokens: the model does not stop",
+    "out_of_list": "answers are no label of their row's answer_choices",
+}
 # Rows that are told on the terminal.
 SHOWN = 20
 
@@ -29,6 +35,10 @@ def main(config: ScoreConfig) -> None:
     lost = record["lenient"]["score"] - record["score"]
     if lost >= 0.005:
         print(f"{lost:.2f} points were lost to format: read leniently, the score is {record['lenient']['score']:.2f}")
+    for key, what in WARNED.items():
+        count = sum(health[key] or 0 for health in record["health"].values())
+        if 2 * count > record["rows"]:
+            print(f"warning: {count} of {record['rows']} {what}")
     if record["tasks_missing"]:
         print(f"no gold rows of {', '.join(record['tasks_missing'])}: not comparable with the leaderboard")
     if record["parse_errors"]:

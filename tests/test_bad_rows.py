@@ -71,7 +71,7 @@ def test_a_bad_file_is_told_by_file_and_line(name: str, base_model: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_model_says_is_no_mistake_of_the_user_s(tmp_path: Path) -> None:
+def test_what_a_model_says_is_no_mistake_of_the_user_s(tmp_path: Path, job: Any) -> None:
     """Nothing, without end, or junk: a score, and no crash."""
     (tmp_path / "gold.json").write_bytes(b"\n".join(_lines(GOLD)))
     for name, text in (("nothing", ""), ("endless", "主体词：" * 20_000), ("junk", "\x00\ufffd{{[(" * 50 + "\n")):
@@ -83,3 +83,7 @@ def test_what_a_model_says_is_no_mistake_of_the_user_s(tmp_path: Path) -> None:
         )  # fmt: skip
         assert record["score"] < 50
         assert (tmp_path / name / "report.html").is_file()
+    words = [f"gold={tmp_path / 'gold.json'}", f"output_dir={tmp_path / 'again'}"]
+    done = job("jobs.score", *words, f"predictions={tmp_path / 'nothing.json'}")
+    assert done.returncode == 0
+    assert "warning: 8 of 8 texts are empty" in done.stdout
