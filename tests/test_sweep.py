@@ -101,7 +101,7 @@ def test_merged_for_the_time_and_adapters_by_task(
     output = Path(tree["output_dir"])
     assert not list(output.glob(".merged*"))
 
-    alone = {name: read_shards(output / name / "shards") for name in ("checkpoint-2",)}["checkpoint-2"]
+    alone = read_shards(output / "checkpoint-2" / "shards")
     data = {"test": tree["data"]["dev"]}
     by_task = {"KUAKE-IR": str(run / "checkpoint-2"), "MedDG": str(run / "checkpoint-10")}
     mixed = read_shards(
@@ -132,6 +132,7 @@ def test_what_can_be_served_unmerged(run: Path, base_model: Path, tmp_path: Path
     ranks = make_adapter(base_model, tmp_path / "ranks", 4, rank_pattern={"q_proj": 2})
     assert unmerged.why_not(ranks, base_model) == "its layers have ranks of their own"
     assert unmerged.engine_args([run / "checkpoint-2"])["max_lora_rank"] == 8
+    assert unmerged.engine_args([run / "checkpoint-2"])["max_loras"] == 2
     assert unmerged.engine_args([]) == {}
 
 

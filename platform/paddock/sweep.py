@@ -155,7 +155,7 @@ def _one_service(stack: ExitStack, config: PredictConfig, adapters: list[str]) -
     """One engine with all adapters, started with the first row that needs it and stopped with the sweep."""
     started = cluster.connect()
     stack.callback(cluster.disconnect, started)
-    arguments = {**unmerged.engine_args(adapters, at_once=1), **config.serve.engine}
+    arguments = {**unmerged.engine_args(adapters, by_turns=True), **config.serve.engine}
     serve = config.serve.model_copy(update={"engine": arguments})
     return stack.enter_context(answering(config.model_copy(update={"serve": serve})))
 

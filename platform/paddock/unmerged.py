@@ -17,7 +17,6 @@ from paddock.merge_adapter import count_tokens, open_lora
 
 # vLLM's own steps of max_lora_rank.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_MOST_AT_ONCE = 8
 
 
 def why_not(adapter: str | Path, model: str | Path) -> str | None:
@@ -55,15 +54,16 @@ def check(adapter: str | Path, model: str | Path) -> None:
         raise ModelError(f"{adapter}: cannot be served unmerged: {reason}; merge it (jobs.merge) first")
 
 
-def engine_args(adapters: Sequence[str | Path], at_once: int = _MOST_AT_ONCE) -> dict[str, Any]:
-    """vLLM's engine arguments for serving them all from one base, `at_once` of them in one batch."""
+def engine_args(adapters: Sequence[str | Path], *, by_turns: bool = False) -> dict[str, Any]:
+    """vLLM's engine arguments for serving them all from one base; `by_turns` where no batch holds two of them."""
     if not adapters:
         return {}
     most = max(open_lora(storage.fetch(adapter)).config.r for adapter in adapters)
     return {
         "enable_lora": True,
         "max_lora_rank": next(rank for rank in _RANKS if rank >= most),
-        # The others wait their turn in the CPU's memory.
-        "max_loras": min(len(adapters), at_once),
-        "max_cpu_loras": len(adapters),
+        # One place more than adapters: on CPU vLLM gives a row without an adapter what is in the last place
+        # (https://github.com/vllm-project/vllm/pull/48421), which so stays empty.
+        "max_loras": 1 if by_turns else len(adapters) + 1,
+        "max_cpu_loras": len(adapters) + 1,
     }
