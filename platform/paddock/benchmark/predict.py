@@ -47,7 +47,7 @@ class PredictBenchmarkConfig(BenchmarkConfig):
 
     rows: int = Field(default=10_320, ge=64)
     """Rows of the test set; the benchmark's own has 10,320."""
-    hf_rows: int = Field(default=512, ge=_BATCH)
+    hf_rows: int = Field(default=160, ge=_BATCH)
     """Rows of them that transformers answers: every n-th batch of the sorted ones."""
     hidden_size: int = 4096
     """The model's width; the defaults are LLaMA-7B's with the vocabulary of Chinese-LLaMA-Alpaca."""
