@@ -201,6 +201,9 @@ def test_what_was_answered_before_the_service_went_is_kept(
     ("change", "error", "says"),
     [
         ({"data": {}}, ConfigError, "data.test: is required"),
+        ({"merge_best": "best"}, ConfigError, "merge_best: belongs to a sweep"),
+        ({"model": None}, ConfigError, "model.path: is required"),
+        ({"predict": {"max_tokens_by_task": {"KUAKE-IRR": 3}}}, ConfigError, "KUAKE-IRR: no such task"),
         ({"predict": {"sampling": {"temprature": 1}}}, ConfigError, "did you mean 'temperature'"),
         ({"prompt": {"template": "nothing"}}, ConfigError, "neither a file nor one of"),
     ],

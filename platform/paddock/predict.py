@@ -84,6 +84,8 @@ def predict(config: PredictConfig, make_client: Callable[[], Callable[[], Client
 
 def read_test(config: PredictConfig) -> list[Row]:
     """The rows to predict, without their gold."""
+    if config.merge_best is not None:
+        raise ConfigError("merge_best: belongs to a sweep; give the adapters to choose from as adapters=PATTERN")
     if config.data.test is None:
         raise ConfigError("data.test: is required; give the file of rows to predict as data.test=FILE")
     rows = read_rows(config.data.test, config.data.format, unique_ids=True)
@@ -246,7 +248,7 @@ def _predict_pending(
     bar = tqdm(total=len(rows), initial=len(rows) - len(left), unit="row", desc="predict", mininterval=0.5)
     try:
         while left:
-            before = len(left)
+            before, told = len(left), "it ended early"
             try:
                 for prediction in _stream(config, rows, list(left), make_client):
                     if prediction.row_index not in left:
@@ -257,10 +259,12 @@ def _predict_pending(
                     bar.update()
             except (RayError, RaySystemError) as error:
                 _raise_unless_lost(error)
+                told = line(error)
+            if left:
                 lost = 0 if len(left) < before else lost + 1
                 if lost >= _LOST_FEEDERS:
-                    raise ServiceError(f"the feeder died {lost} times without an answer: {line(error)}") from error
-                bar.write(f"the feeder died; {len(left)} rows are still to be predicted")
+                    raise ServiceError(f"the feeder was lost {lost} times without an answer: {told}")
+                bar.write(f"the feeder was lost; {len(left)} rows are still to be predicted")
     finally:
         # What was answered before the service went is not asked again.
         progress.write()
@@ -291,7 +295,7 @@ def _stream(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=config.predict.num_workers if resources.get("CPU") else 1, max_tasks_in_flight_per_actor=calls
+                size=config.predict.num_workers if "GPU" in resources else 1, max_tasks_in_flight_per_actor=calls
             ),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
