@@ -54,20 +54,22 @@ def sweep(config: PredictConfig) -> dict[str, Any]:
     with manifest.locked(output):
         _claim(output, {**key, "adapters": {name: manifest.fingerprint(path) for name, path in found.items()}}, config)
         (output / manifest.NAME).unlink(missing_ok=True)
+        new = {n: config.predict.retry_quarantined or not _is_scored(run) for n, run in runs.items()}
         served = [found[name] for name, reason in why.items() if reason is None]
+        # Their service ends before the first merged model needs its room.
         with ExitStack() as stack:
             client = functools.cache(functools.partial(_one_service, stack, config, served))
-            records = {}
             for name, run in runs.items():
-                new = config.predict.retry_quarantined or not _is_scored(run)
-                if new:
-                    if (reason := why[name]) is None:
-                        predict(run, client)
-                    else:
-                        print(f"{name}: {reason}; merged for the time", flush=True)
-                        _predict_merged(run, base, found[name])
-                records[name] = _score(run, gold_file, profile_of(gold), overwrite=new)
-                print(f"{name}: {records[name]['score']:.2f}", flush=True)
+                if new[name] and why[name] is None:
+                    print(f"{name}: unmerged", flush=True)
+                    predict(run, client)
+        for name, run in runs.items():
+            if new[name] and why[name] is not None:
+                print(f"{name}: {why[name]}; merged for the time", flush=True)
+                _predict_merged(run, base, found[name])
+        records = {n: _score(run, gold_file, profile_of(gold), overwrite=new[n]) for n, run in runs.items()}
+        for name, scored in records.items():
+            print(f"{name}: {scored['score']:.2f}", flush=True)
         record = _finish(config, gold, found, why, records)
     if config.merge_best is not None:
         best = found[record["best"]]
