@@ -48,7 +48,7 @@ def test_over_http_the_texts_are_the_same(
     service: Any, tree: dict[str, Any], by_handle: list[str], tmp_path: Path
 ) -> None:
     """No model directory is needed. Chat is one of the endpoints because the service renders it as a row."""
-    for number, path in enumerate(("", "/v1", "/v1/chat/completions", "/generate")):
+    for number, path in enumerate(("", "/v1/chat/completions", "/generate")):
         output = str(tmp_path / str(number))
         assert _texts(tree, target_url=f"{service.url}{path}", output_dir=output) == by_handle, path
     kept = read_shards(tmp_path / "0" / "shards")
@@ -83,7 +83,7 @@ def test_structured_choices_keep_labels_in_their_list(
     labels = [r for r in read_rows(assets / "data" / "test.json") if r.task_dataset in ("KUAKE-IR", "IMCS-V2-DAC")]
     others = [r for r in read_rows(assets / "data" / "test.json") if r.task_dataset == "MedDG"][:2]
     write_records(tmp_path / "labels.json", [row.as_record() for row in [*labels, *others]])
-    options = {"structured_choices": True, "max_tokens_by_task": {"MedDG": 3}, "sampling": {"max_tokens": 64}}
+    options = {"structured_choices": True, "max_tokens_by_task": {"MedDG": 3}, "sampling": {"max_tokens": 24}}
     said = _texts(
         tree, model={"path": str(base_model), "dtype": "float32"}, data={"test": str(tmp_path / "labels.json")},
         predict=options,

@@ -22,7 +22,7 @@ from paddock.config import PredictConfig, build
 from paddock.data import read_rows, write_records
 from paddock.ledger import Ledger
 
-ROWS = 120
+ROWS = 80
 FILES = ("test_predictions.json", "results.json", "submission.zip", "quarantine.jsonl")
 ACTORS = {"feeder": "Feeder", "replica": "ServeReplica:default:LLM"}
 
