@@ -38,7 +38,9 @@ def score_files(config: ScoreConfig) -> dict[str, Any]:
         config.output_dir, kind="scores", config=config.hashed(), inputs=inputs, overwrite=config.overwrite
     ) as stage:
         if stage.finished is None:
-            kept = ledger.read_shards(storage.join(storage.parent(config.predictions), "shards"))
+            beside = storage.parent(config.predictions)
+            ours = storage.exists(storage.join(beside, "ledger.json"))
+            kept = ledger.read_shards(storage.join(beside, "shards")) if ours else {}
             cut = {p.sample_id for p in kept.values() if p.finish_reason == "length"}
             parsed = parse_predictions(predicted, config.profile, truncated=cut if kept else None)
             scores = score(parsed.results, gold, config.profile)
