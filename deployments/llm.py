@@ -2,7 +2,7 @@
 
     HTTP     POST /generate, GET /is_ready            the reference endpoint (reference.py)
              /v1/models, /v1/completions, ...         vLLM's app, handed the request as it came
-    handle   generate(prompt_token_ids, sampling, request_id), describe()
+    handle   generate(prompt_token_ids, sampling, request_id, ...), describe()
 
 A route of vLLM that is not listed here is closed, its administrative ones among them.
 """
@@ -84,9 +84,17 @@ class LLM:
     async def openai(self) -> Response:
         return Forward(self.openai_app)
 
-    async def generate(self, prompt_token_ids: list[int], sampling: dict[str, Any], request_id: str) -> dict[str, Any]:
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: dict[str, Any],
+        request_id: str,
+        adapter: str | None = None,
+        choices: list[str] | None = None,
+    ) -> dict[str, Any]:
         """`Engine.generate` by handle: `text` (raw), `token_ids`, `prompt_token_ids`, `finish_reason`."""
-        return asdict(await self.engine.generate(prompt_token_ids, sampling, request_id))
+        said = await self.engine.generate(prompt_token_ids, sampling, request_id, adapter=adapter, choices=choices)
+        return asdict(said)
 
     async def describe(self) -> dict[str, Any]:
         """What is served, so that a caller can tell whether it is what they mean."""

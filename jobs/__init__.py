@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 from paddock.config import describe, load
@@ -29,12 +29,21 @@ def run(cls: type[Config], main: Callable[[Config], object], **commands: Callabl
         if "-h" in words or "--help" in words:
             print(_help(cls, main, list(commands)))
             sys.exit(0)
-        config_file, overrides = _parse(words, list(commands))
+        config_file, overrides = _parse(_named(words, getattr(cls, "positional", ())), list(commands))
         work(load(cls, config_file, overrides))
     except PaddockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _named(words: list[str], names: Sequence[str]) -> list[str]:
+    """Words without a key get the keys that a configuration names for them, in order."""
+    left, named = iter(names), []
+    for before, word in zip(["", *words], words, strict=False):
+        key = None if "=" in word or word.startswith("-") or before == "--config" else next(left, None)
+        named.append(word if key is None else f"{key}={word}")
+    return named
 
 
 def _parse(words: list[str], commands: list[str]) -> tuple[str | None, list[str]]:

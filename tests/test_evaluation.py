@@ -8,6 +8,7 @@ from paddock.data import write_records
 from paddock.demo.rows import make_rows
 from paddock.errors import DataError, OutputError
 from paddock.evaluation import read_pair, score_files
+from paddock.ledger import Ledger, Prediction
 from paddock.manifest import commit, verify
 
 
@@ -54,6 +55,25 @@ def test_the_report_names_what_the_predictions_were_made_from(files, tmp_path):
     report = (tmp_path / "scores" / "report.html").read_text(encoding="utf-8")
     assert "hash-of-the-model" in report
     assert "max_tokens" in report
+
+
+def test_what_the_ledger_knows_reaches_the_report(files, gold, tmp_path):
+    config = files()
+    ledger = Ledger(tmp_path / "ledger", {})
+    ledger.append([Prediction(i, r.sample_id, "x", "length" if i < 3 else "stop", 7, 5, 0.5, None)
+                   for i, r in enumerate(gold)])  # fmt: skip
+    for file in (tmp_path / "ledger").iterdir():
+        file.rename(tmp_path / file.name)
+    record = score_files(config)
+    assert sum(health["truncated"] for health in record["health"].values()) == 3
+    assert "Time to answer" in (tmp_path / "scores" / "report.html").read_text(encoding="utf-8")
+
+
+def test_intervals_and_the_lenient_view_stand_beside_the_score(files, gold):
+    record = score_files(files([replace(r, target=f"{r.target}\n") for r in gold]))
+    assert record["interval"]["low"] <= record["score"] <= record["interval"]["high"]
+    assert record["lenient"]["score"] > record["score"] + 1
+    assert record["lenient"]["tasks"]["CHIP-CDN"] == pytest.approx(100)
 
 
 def test_again_does_nothing_and_other_files_are_refused(files, gold, tmp_path, capsys):

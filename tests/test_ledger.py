@@ -51,11 +51,35 @@ def test_another_key_is_refused_by_name(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "p", KEY).pending(1) == []
 
 
-def test_a_shard_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_half_done_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At any moment: before the first shard, in the middle of one, with a file that the disk never got whole."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".ledger.json.partial").write_text('{"half')
     ledger = Ledger(tmp_path / "p", KEY)
+    ledger.repair()
+    assert list((tmp_path / "p").iterdir()) == []
     ledger.append([_row(0)])
-    (ledger.shards / ".000001.parquet").write_bytes(b"half")
-    assert Ledger(tmp_path / "p", KEY).pending(2) == [1]
+    ledger.append([_row(1)])
+    (ledger.shards / ".000002.parquet.partial").write_bytes(b"half")
+    (ledger.shards / "000001.parquet").write_bytes((ledger.shards / "000001.parquet").read_bytes()[:50])
+    (tmp_path / "p" / ".manifest.json.partial").write_text("{")
+    again = Ledger(tmp_path / "p", KEY)
+    again.repair()
+    assert "000001.parquet: damaged" in capsys.readouterr().out
+    assert again.pending(2) == [1]
+    assert {file.name for file in (tmp_path / "p").rglob("*")} == {"ledger.json", "shards", "000000.parquet"}
+    again.append([_row(1, "again")])
+    assert Ledger(tmp_path / "p", KEY).predictions()[1].text == "again"
+
+
+def test_a_ledger_that_has_its_key_and_no_shard_goes_on(tmp_path: Path) -> None:
+    Ledger(tmp_path / "p", KEY).append([_row(0)])
+    for file in (tmp_path / "p" / "shards").iterdir():
+        file.unlink()
+    (tmp_path / "p" / "shards").rmdir()
+    again = Ledger(tmp_path / "p", KEY)
+    again.repair()
+    assert again.pending(1) == [0]
 
 
 def test_foreign_files_and_damage_are_refused(tmp_path: Path) -> None:

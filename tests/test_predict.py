@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pytest
 
 from deployments import reference
-from paddock import lora, manifest, packing, predict, prompts, train
+from paddock import clients, lora, manifest, packing, predict, prompts, train
 from paddock.config import PredictConfig, TrainConfig, build
 from paddock.data import Row, read_rows, write_records
 from paddock.engine import Generation
 from paddock.errors import ConfigError, DataError, OutputError, ServiceError
+from paddock.feeder import Asking, Feeder
 from paddock.ledger import Ledger, Prediction
 
 
@@ -101,7 +103,7 @@ class Recorder:
         self.tokenizer = tokenizer
         self.given: list[list[int]] = []
 
-    async def generate(self, ids: list[int], sampling: Any, request_id: str) -> Generation:
+    async def generate(self, ids: list[int], *_: Any) -> Generation:
         self.given.append(list(ids))
         return Generation(text="x\n", token_ids=[5], prompt_token_ids=list(ids), finish_reason="stop")
 
@@ -142,11 +144,12 @@ def test_training_batch_and_http_give_the_same_token_ids(
     config = build(PredictConfig, tree)
     template = prompts.load_template("promptcblue")
     batch = Recorder(lora.load_tokenizer(base_model))
-    monkeypatch.setattr(predict.serve, "get_app_handle", lambda name: batch.handle())
+    monkeypatch.setattr(clients.serve, "get_app_handle", lambda name: batch.handle())
+    make_client = functools.partial(clients.HandleClient, "any", str(base_model), template)
     asked = [{"row_index": i, **asdict(row)} for i, row in enumerate(predict.read_test(config))]
 
     async def feed() -> None:
-        async for _ in predict.Feeder(config, "any", template)(pa.Table.from_pylist(asked)):
+        async for _ in Feeder(make_client, Asking({}), config.predict)(pa.Table.from_pylist(asked)):
             pass
 
     asyncio.run(feed())
@@ -190,7 +193,7 @@ def test_what_was_answered_before_the_service_went_is_kept(
 
     monkeypatch.setattr(predict, "_stream", stream)
     with pytest.raises(ServiceError):
-        predict._predict_pending(config, rows, list(range(20)), "any", Ledger(config.output_dir, key))
+        predict._predict_pending(config, rows, list(range(20)), Any, Ledger(config.output_dir, key))
     assert Ledger(config.output_dir, key).pending(20) == list(range(5, 20))
 
 
@@ -198,6 +201,9 @@ def test_what_was_answered_before_the_service_went_is_kept(
     ("change", "error", "says"),
     [
         ({"data": {}}, ConfigError, "data.test: is required"),
+        ({"merge_best": "best"}, ConfigError, "merge_best: belongs to a sweep"),
+        ({"model": None}, ConfigError, "model.path: is required"),
+        ({"predict": {"max_tokens_by_task": {"KUAKE-IRR": 3}}}, ConfigError, "KUAKE-IRR: no such task"),
         ({"predict": {"sampling": {"temprature": 1}}}, ConfigError, "did you mean 'temperature'"),
         ({"prompt": {"template": "nothing"}}, ConfigError, "neither a file nor one of"),
     ],

@@ -53,22 +53,35 @@ ALLOWED = {
     "engine": "config data errors manifest prompts storage",
     "service": "cluster config errors manifest prompts",
     "ledger": "errors storage",
-    "predict": "cluster config data engine errors ledger lora manifest prompts scoring service storage submission",
+    "unmerged": "errors lora merge_adapter storage",
+    "clients": "config data engine errors lora prompts",
+    "feeder": "clients config data errors ledger",
+    "predict": "clients cluster config data engine errors feeder ledger lora manifest prompts scoring service storage"
+    " submission tasks unmerged",
     # answers -> scores, without a model
     "tasks": "",
-    "scoring": "data errors tasks",
+    "resampling": "tasks",
+    "lenient": "tasks",
+    "scoring": "data errors lenient resampling tasks",
     "submission": "data errors scoring tasks",
-    "report": "data scoring tasks",
-    "evaluation": "config data errors manifest report scoring storage tasks",
+    "charts": "",
+    "baselines": "",
+    "report": "baselines charts data resampling scoring tasks",
+    "evaluation": "config data errors ledger manifest report resampling scoring storage tasks",
+    "comparison": "config data errors evaluation manifest resampling scoring storage submission tasks",
+    # many adapters -> the best
+    "sweep": "charts clients cluster config data errors evaluation manifest merge predict report scoring storage"
+    " submission unmerged",
     # everything in one run
     "demo": "config data manifest merge prompts storage",
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission train",
     # measurements, which may look into everything
-    "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge merge_plan packing"
-    " predict prompts proof service shard_tasks shards storage train weights",
+    "benchmark": "clients cluster config config_parts data demo engine errors ledger lora manifest merge"
+    " merge_plan packing predict prompts proof service shard_tasks shards storage train"
+    " weights",
 }
-RAY_EDGES = {"cluster", "service", "train", "shard_tasks", "predict", "pipeline", "benchmark"}
+RAY_EDGES = {"benchmark", "clients", "cluster", "merge", "pipeline", "predict", "service", "shard_tasks", "train"}
 
 
 def _files(root: Path, *folders: str) -> list[Path]:

@@ -16,10 +16,10 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from paddock.config_parts import (
     DataConfig,
@@ -127,20 +127,39 @@ class ServeConfig(ServePart):
 
 
 class PredictConfig(JobConfig):
-    """A test set through a served model: `python -m jobs.predict`."""
+    """A test set through a model: `python -m jobs.predict`."""
 
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
-    model: ModelConfig
+    model: ModelConfig | None = None
+    """The model that answers; with `target_url` it is whatever answers there."""
+    adapter: Location | None = None
+    """A PEFT adapter on the model, served unmerged."""
+    adapter_by_task: dict[str, Location] = Field(default_factory=dict)
+    """Task -> the adapter for its rows, such as `{CMeEE-V2: runs/a/checkpoint-800}`; other rows take `adapter`."""
+    adapters: Annotated[tuple[Location, ...], Split] = ()
+    """A sweep: adapters, or patterns such as runs/x/checkpoint-*, each scored on the gold rows of `data.dev`."""
+    merge_best: Location | None = None
+    """Where the sweep's best adapter is merged into the model."""
+    target_url: str | None = None
+    """An endpoint to ask over HTTP, an OpenAI-compatible one or a reference /generate, instead of serving a model."""
+    engine: How[Literal["serve", "local"]] = "serve"
+    """serve: a Serve application answers. local: the workers of the run hold vLLM themselves."""
     serve: How[ServePart] = ServePart()
     predict: PredictPart = PredictPart()
 
+    def base(self) -> ModelConfig:
+        """The model that answers. Raises ConfigError where none is named."""
+        if self.model is None:
+            raise ConfigError("model.path: is required; give a model directory as model.path=DIR, or target_url=URL")
+        return self.model
+
     def service(self) -> ServeConfig:
         """The service that answers this run, when it has to be started."""
-        serve = self.serve.model_dump()
-        if self.model.dtype is not None:
-            serve["engine"] = {"dtype": self.model.dtype, **serve["engine"]}
-        return ServeConfig(model=self.model.path, prompt=self.prompt, **serve)
+        serve, model = self.serve.model_dump(), self.base()
+        if model.dtype is not None:
+            serve["engine"] = {"dtype": model.dtype, **serve["engine"]}
+        return ServeConfig(model=model.path, prompt=self.prompt, **serve)
 
 
 class ScoreConfig(JobConfig):
@@ -152,6 +171,29 @@ class ScoreConfig(JobConfig):
     """The same rows with the right `target`."""
     profile: Literal["v1", "v2"] = "v1"
     """The benchmark's vintage: v1 has 16 tasks, v2 has 18."""
+
+
+class CompareConfig(Settings):
+    """The scores of two predictions of the same rows: `python -m jobs.score compare A B`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    a: Location
+    """What is compared with: a directory of scores or of predictions, or a file of predictions."""
+    b: Location
+    """What is compared."""
+    gold: Location | None = None
+    """The rows with the right `target`; null takes the file that `a` or `b` was scored against."""
+    profile: Literal["v1", "v2"] | None = None
+    """The benchmark's vintage; null takes the one that has every row's task."""
+    draws: int = Field(default=2000, ge=100)
+    """Sets of rows that the bootstrap draws."""
+    seed: int = 0
+    """Seeds what is drawn."""
+    output_dir: Location | None = None
+    """Where comparison.json is written, with every row that changed; null only tells."""
+    storage_path: str | None = None
+    """Where relative paths of a submitted job lie."""
 
 
 class DemoConfig(TrainConfig):
@@ -305,6 +347,7 @@ def _hashed(settings: BaseModel) -> dict[str, Any]:
 
 
 __all__ = [
+    "CompareConfig",
     "ConvertConfig",
     "DataConfig",
     "DemoConfig",

@@ -248,17 +248,25 @@ class SamplingPart(Settings):
 
 
 class PredictPart(Settings):
-    """How a test set is sent through a service."""
+    """How a test set is sent to what answers."""
 
     sampling: SamplingPart = SamplingPart()
     """How answers are drawn."""
+    max_tokens_by_task: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Task -> its own `max_tokens`, such as `{KUAKE-IR: 16}`; other tasks keep `sampling.max_tokens`."""
+    structured_choices: bool = False
+    """Let rows of classification tasks be answered by one of their `answer_choices` and nothing else."""
     max_in_flight: How[int] = Field(default=256, ge=1)
     """Requests that are open at a time: more than the replicas hold, or they never scale up."""
-    max_attempts: How[int] = Field(default=4, ge=1)
-    """How often a row is tried before it is put into quarantine."""
+    max_attempts: How[int] = Field(default=8, ge=1)
+    """How often a row may fail, while others are answered, before it is put into quarantine."""
     request_timeout_s: How[float] = Field(default=300, gt=0)
     """How long one try may take."""
+    service_timeout_s: How[float] = Field(default=600, gt=0)
+    """How long nobody may be answered before the run ends; a replica that died is replaced in that time."""
     rows_per_shard: How[int] = Field(default=256, ge=1)
-    """Rows in one Parquet file of the ledger: what a crash can cost."""
+    """The most rows in one Parquet file of the ledger; one is written every second, or hundredth of the run."""
+    num_workers: How[int] = Field(default=1, ge=1)
+    """engine=local: the number of vLLM engines."""
     retry_quarantined: How[bool] = False
     """Predict the rows that an earlier run put into quarantine."""

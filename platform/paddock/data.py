@@ -21,6 +21,8 @@ from typing import Any
 from paddock import storage
 from paddock.errors import DataError
 
+# A hundred times what any model reads; a file without line ends is not read whole before it is refused.
+_LONGEST_LINE = 4 * 2**20
 FIELDS = ("input", "target", "answer_choices", "task_type", "task_dataset", "sample_id")
 
 
@@ -74,11 +76,16 @@ def read_rows(
     rows: list[Row] = []
     seen: dict[str, int] = {}
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE + 1), b""), 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            row = parse(_parse_object(line, where), where, number)
+            if len(line) > _LONGEST_LINE:
+                raise DataError(f"{where}: the line has more than {_LONGEST_LINE} bytes; each line is one row")
+            record = _parse_object(line, where)
+            row = parse(record, where, number)
+            if unique_ids and data_format == "promptcblue" and not record.get("sample_id"):
+                raise DataError(f"{where}: the row has no sample_id; rows are predicted and scored by their ids")
             if not row.input.strip() and not row.instruction.strip():
                 raise DataError(f"{where}: the input is empty; every row needs a text to answer")
             if require_target and not row.target.strip():
@@ -93,6 +100,13 @@ def read_rows(
     if not rows:
         raise DataError(f"{path}: the file has no rows")
     return rows
+
+
+def place(path: str | Path, index: int) -> str:
+    """FILE:LINE of a row of a file that `read_rows` has read; blank lines are no rows."""
+    with storage.fetch(path).open("rb") as lines:
+        numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
+    return f"{path}:{numbers[index]}"
 
 
 def write_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:

@@ -97,12 +97,17 @@ def sampling_params(part: SamplingPart) -> dict[str, Any]:
 
     Raises ConfigError for a key or value that vLLM's SamplingParams does not take.
     """
-    values = {**PRESETS[part.preset], **(part.model_extra or {})}
+    values = preset(part)
     try:
         _vllm_sampling(values)
     except ValueError as error:
         raise ConfigError(f"sampling: {error}") from None
     return values
+
+
+def preset(part: SamplingPart) -> dict[str, Any]:
+    """A preset with what overrides it, as it is given: for an endpoint whose vLLM, if it is one, is another."""
+    return {**PRESETS[part.preset], **(part.model_extra or {})}
 
 
 def request_row(template: prompts.Template, instruction: str, text: str) -> Row:
@@ -130,6 +135,7 @@ class Engine:
         check_engine_args(config.engine)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.served_model_name = config.served_model_name or Path(config.model).name
@@ -143,12 +149,14 @@ class Engine:
                 engine.setdefault("distributed_executor_backend", "uni")
         with _as_config_error():
             self._args = AsyncEngineArgs(model=str(model), served_model_name=self.served_model_name, **engine)
-            vllm_config = self._args.create_engine_config()
+            # Without it vLLM takes the sizes of a batch that a test would, not those of `vllm serve`.
+            vllm_config = self._args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         try:
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=self._args.disable_log_stats)
         except Exception as error:
             raise ServiceError(f"{config.model}: vLLM did not start: {_line(error)}; its log says why") from error
         _take_over_text(self._llm.renderer, template)
+        self._adapters: dict[str, int] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -165,25 +173,38 @@ class Engine:
         return str(self._llm.model_config.dtype).removeprefix("torch.")
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: Mapping[str, Any], request_id: str
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: Mapping[str, Any],
+        request_id: str,
+        *,
+        adapter: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Generation:
         """Answer one prompt. `sampling` is what `sampling_params` returns, or a SamplingPart's plain values.
+
+        `adapter` is the directory of a LoRA adapter, for an engine with `enable_lora`; `choices` are the only
+        texts that may come out.
 
         Raises ValueError where the request can never succeed (its prompt is too long, its sampling wrong),
         ServiceError where another try, or another replica, may.
         """
         from vllm.exceptions import VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError
+        from vllm.sampling_params import StructuredOutputsParams
 
         # Newer ones are no longer ValueErrors.
         refusals = (ValueError, VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError)
         values = dict(sampling)
         values = {**PRESETS.get(values.pop("preset", ""), {}), **values}
         params = _vllm_sampling(values)
+        if choices is not None:
+            params.structured_outputs = StructuredOutputsParams(choice=list(choices))
+        lora = self._lora_request(adapter) if adapter is not None else None
         final: Any = None
         try:
             renderer = self._llm.renderer
             (prompt,) = await renderer.render_cmpl_async([{"prompt_token_ids": list(prompt_token_ids)}])
-            async for output in self._llm.generate(prompt, params, request_id):
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=lora):
                 final = output
         except refusals as error:
             raise ValueError(_line(error)) from None
@@ -198,6 +219,15 @@ class Engine:
             prompt_token_ids=list(final.prompt_token_ids),
             finish_reason=str(answer.finish_reason),
         )
+
+    def _lora_request(self, adapter: str) -> Any:
+        """vLLM's name for an adapter: a number of its own within this engine."""
+        from vllm.lora.request import LoRARequest
+
+        if not self._args.enable_lora:
+            raise ValueError(f"{adapter}: this engine serves no adapters; start it with enable_lora")
+        number = self._adapters.setdefault(adapter, len(self._adapters) + 1)
+        return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(storage.fetch(adapter)))
 
     async def openai_app(self) -> Any:
         """vLLM's own FastAPI app on this engine: `/v1/*`, `/tokenize`, `/health`, `/metrics` and more.

@@ -11,10 +11,13 @@ local mirror; each shard is uploaded when it is written, everything else when th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,12 +60,14 @@ class Ledger:
             storage.mirror(directory, self.directory)
         self.shards = self.directory / "shards"
         self.key = dict(key)
+        self.number: int | None = None
+        """The last shard's, once this run has written one."""
         self._refuse_another(self.key)
 
     def _refuse_another(self, key: dict[str, Any]) -> None:
         file = self.directory / "ledger.json"
         if not file.is_file():
-            if self.directory.is_dir() and any(self.directory.iterdir()):
+            if self.directory.is_dir() and any(not _is_partial(file) for file in self.directory.iterdir()):
                 raise OutputError(f"{self.location}: holds files but no ledger.json; choose another output_dir")
             return
         try:
@@ -80,16 +85,36 @@ class Ledger:
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Write a shard of predictions."""
-        if not self.shards.is_dir():
-            self.shards.mkdir(parents=True)
-            (self.directory / "ledger.json").write_text(_pretty(self.key), encoding="utf-8")
+        if self.number is None:
+            # The key first: shards that nobody can tell the origin of must never be.
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with _whole(self.directory / "ledger.json") as stream:
+                stream.write(_pretty(self.key).encode())
             self._upload("ledger.json")
-        taken = [int(file.stem) for file in self.shards.glob("[0-9]*.parquet")]
-        file = self.shards / f"{max(taken, default=-1) + 1:06d}.parquet"
-        partial = file.with_name(f".{file.name}")
-        pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema=_SCHEMA), partial)
-        partial.replace(file)
+            self.shards.mkdir(exist_ok=True)
+            self.number = max((int(file.stem) for file in self.shards.glob("[0-9]*.parquet")), default=-1)
+        self.number += 1
+        file = self.shards / f"{self.number:06d}.parquet"
+        with _whole(file) as stream:
+            pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema=_SCHEMA), stream)
         self._upload(f"shards/{file.name}")
+
+    def repair(self) -> None:
+        """Remove what a run that was killed left half-written, and shards that cannot be read: their rows are missing.
+
+        To be called by the run that holds the directory, before it counts on what is there.
+        """
+        for leftover in (*self.directory.glob(".*.partial"), *self.shards.glob(".*.partial")):
+            leftover.unlink()
+        for file in self.shards.glob("[0-9]*.parquet"):
+            try:
+                pq.read_table(file, schema=_SCHEMA)
+            except (pa.ArrowException, OSError) as error:
+                told = " ".join(str(error).split())[:200]
+                print(f"{file}: damaged ({told}); its rows are predicted again", flush=True)
+                file.unlink()
+                if storage.is_uri(self.location):
+                    storage.remove(storage.join(self.location, "shards", file.name))
 
     def publish(self) -> None:
         """Once the directory has its manifest: let it be where the ledger is."""
@@ -102,11 +127,7 @@ class Ledger:
 
     def predictions(self) -> dict[int, Prediction]:
         """Every row that was tried, by its index."""
-        found: dict[int, Prediction] = {}
-        for file in sorted(self.shards.glob("[0-9]*.parquet")):
-            for record in pq.read_table(file).to_pylist():
-                found[record["row_index"]] = Prediction(**record)
-        return found
+        return read_shards(self.shards)
 
     def pending(self, rows: int, *, retry_quarantined: bool = False) -> list[int]:
         """The indices that are still to be predicted."""
@@ -122,6 +143,30 @@ class Ledger:
         )
         (self.directory / "quarantine.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return len(failed)
+
+
+def read_shards(directory: str | Path) -> dict[int, Prediction]:
+    """The predictions in a directory of shards, by row index; none where there is no such directory."""
+    found: dict[int, Prediction] = {}
+    for name in sorted(name for name in storage.children(directory) if re.fullmatch(r"\d+\.parquet", name)):
+        for record in pq.read_table(storage.fetch(storage.join(directory, name))).to_pylist():
+            found[record["row_index"]] = Prediction(**record)
+    return found
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """A file that is there whole or not at all, whatever dies meanwhile."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _is_partial(file: Path) -> bool:
+    return file.name.startswith(".") and file.name.endswith(".partial")
 
 
 def _pretty(key: Mapping[str, Any]) -> str:

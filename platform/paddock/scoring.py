@@ -17,6 +17,8 @@ from typing import Any
 
 from paddock.data import Row
 from paddock.errors import DataError
+from paddock.lenient import lenient_answer
+from paddock.resampling import row_values
 from paddock.tasks import TASKS, Task, parse_answer, parse_records
 
 
@@ -180,6 +182,35 @@ def score(results: dict[str, list[dict[str, Any]]], gold: Sequence[Row], profile
             numbers = task.metric([g["answer"] for g in gold_answers], [a["answer"] for a in answers])
             scored[name] = TaskScore(numbers[task.score_name], task.score_name, numbers, len(gold_answers))
     return Scores(profile, scored, right.errors)
+
+
+def lenient_results(
+    rows: Sequence[Row], parsed: ParsedPredictions, gold: Sequence[Row]
+) -> dict[str, list[dict[str, Any]]]:
+    """`parsed.results` with each answer replaced by what was meant (see `paddock.lenient`), where that is better."""
+    right = parse_predictions(gold, parsed.profile).results
+    texts: dict[str, list[Row]] = {}
+    for row in rows:
+        texts.setdefault(row.task_dataset, []).append(row)
+    results = {}
+    for name, items in parsed.results.items():
+        task, own = TASKS[parsed.profile][name], texts.get(name, [])
+        meant = [
+            lenient_answer(parsed.profile, name, r.target, list(r.answer_choices) if r.answer_choices else None)
+            for r in own
+        ]
+        said = [item["answer"] for item in items]
+        differ = [i for i, (a, b) in enumerate(zip(said, meant, strict=True)) if a != b]
+        wanted = [right[name][i]["answer"] for i in differ]
+        values = (row_values(task, wanted, [side[i] for i in differ]) for side in (said, meant))
+        better = {i for i, before, after in zip(differ, *values, strict=True) if after > before}
+        results[name] = [{**item, "answer": meant[i]} if i in better else item for i, item in enumerate(items)]
+    return results
+
+
+def answers_of(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[Any]]:
+    """Results without their ids: task -> answers, row by row."""
+    return {name: [item["answer"] for item in items] for name, items in results.items()}
 
 
 def _check_same_rows(name: str, gold: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:

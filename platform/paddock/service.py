@@ -21,6 +21,8 @@ from paddock.errors import ServiceError
 from paddock.prompts import load_template
 
 IMPORT_PATH = "deployments:app"
+TEMPORARY = "predict-"
+"""How the name of an application begins that goes with the run that started it."""
 # How much and how fast, not what; and what is compared as the engine resolved it.
 _SAME_ANSWERS = {
     *("dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
@@ -30,14 +32,17 @@ _SAME_ANSWERS = {
 
 
 @contextmanager
-def running(config: ServeConfig) -> Iterator[str]:
-    """The name of an application that serves this very model: a running one, or one started for the time."""
+def running(config: ServeConfig, name: str) -> Iterator[str]:
+    """The name of an application that serves this very model: a running one, or one started for the time as `name`.
+
+    A name that begins with TEMPORARY and is unique to the caller keeps two of them from stopping each other's
+    application; one that a killed caller left behind is started afresh, and stopped in the end.
+    """
     found = find(config)
     if found is not None:
         print(f"using the running service {found!r}", flush=True)
         yield found
         return
-    name = f"predict-{manifest.fingerprint(config.model)[:8]}"
     start(config, name, route_prefix=None)
     try:
         yield name
@@ -52,6 +57,8 @@ def find(config: ServeConfig) -> str | None:
         if name in config.engine:
             wanted[name] = config.engine[name]
     for name, app in serve.status().applications.items():
+        if name.startswith(TEMPORARY):
+            continue  # it goes when the run that it belongs to ends
         if app.status == ApplicationStatus.RUNNING and "LLM" in app.deployments:
             about = serve.get_app_handle(name).describe.remote().result(timeout_s=300)
             if wanted.items() <= about.items() and _telling(about["engine"]) == _telling(config.engine):

@@ -16,7 +16,7 @@ def set_f1(gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
     """
     matched = invented = missed = 0
     for gold_items, predicted_items in zip(gold, predicted, strict=True):
-        right, said = {_key(i) for i in gold_items}, {_key(i) for i in predicted_items}
+        right, said = {item_key(i) for i in gold_items}, {item_key(i) for i in predicted_items}
         matched += len(right & said)
         invented += len(said - right)
         missed += len(right - said)
@@ -51,7 +51,8 @@ def label_f1(
     }
 
 
-def _key(item: Mapping[str, Any]) -> tuple[str, ...]:
+def item_key(item: Mapping[str, Any]) -> tuple[str, ...]:
+    """What two items must share to be equal."""
     return tuple(json.dumps(item[name], ensure_ascii=False) for name in sorted(item))
 
 

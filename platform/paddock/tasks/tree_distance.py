@@ -20,12 +20,17 @@ def tree_lenv_ratio(gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, 
     """
     distance = size = 0
     for gold_nodes, predicted_nodes in zip(gold, predicted, strict=True):
-        right, said = _lowered(gold_nodes), _lowered(predicted_nodes)
-        distance += tree_distance(said, right)
-        size += _size(said) + _size(right)
+        row = distance_and_size(gold_nodes, predicted_nodes)
+        distance, size = distance + row[0], size + row[1]
     if not size:  # the benchmark divides by it
         return {"tree_lenv_radio": float(not distance)}
     return {"tree_lenv_radio": 1 - distance / size}
+
+
+def distance_and_size(gold: Sequence[Any], predicted: Sequence[Any]) -> tuple[int, int]:
+    """What one row adds to both."""
+    right, said = _lowered(gold), _lowered(predicted)
+    return tree_distance(said, right), _size(said) + _size(right)
 
 
 def tree_distance(predicted: Sequence[Node], gold: Sequence[Node]) -> int:
