@@ -15,8 +15,8 @@ from __future__ import annotations
 import jobs
 from paddock.config import TrainConfig
 from paddock.demo.prepare import ensure
-from paddock.train import check_config, train
 from paddock.train_plan import plan_text
+from paddock.trainer import check_config, train
 
 
 def main(config: TrainConfig) -> None:

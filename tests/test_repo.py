@@ -29,10 +29,13 @@ ALLOWED = {
     "packing": "data errors prompts",
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",
-    "journal": "storage",
+    "journal": "errors storage",
     "loss": "packing",
-    "train": "checkpoint cluster config data errors journal lora loss manifest packing prompts storage",
-    "train_plan": "config data lora packing prompts train",
+    "gradients": "",
+    "dataset": "config data errors lora manifest packing prompts storage",
+    "train": "checkpoint cluster config errors gradients journal lora loss packing storage",
+    "trainer": "checkpoint cluster config dataset errors journal lora manifest prompts storage train",
+    "train_plan": "config dataset lora storage trainer",
     # base and adapters -> a model
     "weights": "errors",
     "meta_llama": "errors",
@@ -56,12 +59,12 @@ ALLOWED = {
     # everything in one run
     "demo": "config data manifest merge prompts storage",
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
-    " storage submission train",
+    " storage submission trainer",
     # measurements, which may look into everything
     "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
     " prompts service storage train weights",
 }
-RAY_EDGES = {"cluster", "service", "train", "merge", "predict", "pipeline", "benchmark"}
+RAY_EDGES = {"cluster", "dataset", "service", "train", "trainer", "merge", "predict", "pipeline", "benchmark"}
 
 
 def _files(root: Path, *folders: str) -> list[Path]:
