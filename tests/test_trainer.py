@@ -11,7 +11,7 @@ import pytest
 from paddock import trainer
 from paddock.config import TrainConfig, build
 from paddock.data import read_rows, write_records
-from paddock.errors import ConfigError, DataError, ModelError, ResourceError
+from paddock.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
 from paddock.train_plan import plan_text
 
 
@@ -81,3 +81,52 @@ class TestRefusals:
     def test_no_gpu(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
         train_tree["scaling"] = {"num_workers": 1, "use_gpu": True}
         self._refused(train_tree, ResourceError, "training needs 1 GPU, the cluster has 0")
+
+
+class TestBegin:
+    """What run.json says of a run, compared when it goes on."""
+
+    def _begin(self, tree: dict[str, Any], workers: Any = 2, accumulation: int = 1) -> int:
+        tree["scaling"]["num_workers"] = workers
+        tree["train"]["gradient_accumulation_steps"] = accumulation
+        identity = trainer.begin(build(TrainConfig, tree), {"model": "abc"})
+        return int(identity["train"]["global_batch_size"])
+
+    def _checkpoint(self, tree: dict[str, Any]) -> None:
+        directory = Path(tree["output_dir"]) / "checkpoint-2"
+        directory.mkdir(parents=True)
+        (directory / "manifest.json").write_text("{}")
+
+    def test_a_run_keeps_its_batch_on_other_workers(
+        self, train_tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self._begin(train_tree) == 2
+        self._checkpoint(train_tree)
+        assert self._begin(train_tree, 1) == 2
+        assert "begun with 2 worker(s); its steps stay 2 blocks" in capsys.readouterr().out
+        assert self._begin(train_tree, [1, 4]) == 2
+        assert self._begin(train_tree, 1, accumulation=2) == 2
+        for workers, accumulation in ((2, 2), (1, 4)):
+            with pytest.raises(OutputError, match=r"train\.global_batch_size was 2 and is now 4"):
+                self._begin(train_tree, workers, accumulation)
+
+    def test_a_run_without_a_checkpoint_starts_afresh(self, train_tree: dict[str, Any]) -> None:
+        assert self._begin(train_tree) == 2
+        assert self._begin(train_tree, accumulation=3) == 6
+        self._checkpoint(train_tree)
+        assert self._begin(train_tree, 1, accumulation=3) == 6
+
+    def test_how_often_it_saves_is_no_part_of_it(self, train_tree: dict[str, Any]) -> None:
+        self._begin(train_tree)
+        self._checkpoint(train_tree)
+        train_tree["train"] |= {"save_steps": 1, "save_total_limit": 3, "eval_steps": 7, "keep_best": True}
+        self._begin(train_tree)
+        with pytest.raises(OutputError, match=r"input\.model was"):
+            trainer.begin(build(TrainConfig, train_tree), {"model": "another base"})
+
+
+def test_epochs_become_steps(train_tree: dict[str, Any]) -> None:
+    train_tree["train"] |= {"max_steps": -1, "num_train_epochs": 2.5}
+    assert trainer.steps_of(build(TrainConfig, train_tree), blocks=10, batch=4) == 7
+    train_tree["train"]["max_steps"] = 3
+    assert trainer.steps_of(build(TrainConfig, train_tree), blocks=10, batch=4) == 3

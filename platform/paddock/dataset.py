@@ -16,12 +16,13 @@ import ray.data
 from paddock import lora, manifest, packing, storage
 from paddock.config import TrainConfig
 from paddock.data import Row, content_hash, read_split, refuse_overlap, set_apart
-from paddock.errors import PaddockError
+from paddock.errors import DataError, PaddockError
 from paddock.prompts import Template, load_template
 
 # Rows of one Ray Data task.
-_PIECE = 2048
+_PIECE = 4096
 _COLUMNS = ("instruction", "input", "target", "task_dataset", "sample_id")
+_TOLD = packing.TOKENS.append(pa.field("mistake", pa.string()))
 
 Tokenise = Callable[[str, Template, Sequence[Row], int], pa.Table]
 """(model directory, template, rows, max_seq_length) -> what `packing.tokenise` returns."""
@@ -124,22 +125,22 @@ def tokenise_on_ray(model: str, template: Template, rows: Sequence[Row], max_seq
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     work = partial(_tokenise_piece, model=model, template=template, max_seq_length=max_seq_length)
     dataset = ray.data.from_arrow(pieces).map_batches(work, batch_format="pyarrow", batch_size=None)
-    try:
-        return pa.concat_tables(ray.get(dataset.to_arrow_refs()))
-    except Exception as error:  # Ray Data wraps what a task raises, differently in each version
-        cause: BaseException | None = error
-        while cause is not None:
-            for told in (cause, getattr(cause, "cause", None)):
-                if isinstance(told, PaddockError):
-                    raise told from None
-            cause = cause.__cause__ or cause.__context__
-        raise
+    tokens = pa.concat_tables(ray.get(dataset.to_arrow_refs()))
+    mistakes = tokens["mistake"].drop_null().to_pylist()
+    if mistakes:
+        raise DataError(min(mistakes))
+    return tokens.drop_columns(["mistake"])
 
 
 def _tokenise_piece(piece: pa.Table, model: str, template: Template, max_seq_length: int) -> pa.Table:
+    """`packing.tokenise` of a piece. A user's mistake is handed back as a row: a task that raises is told by Ray."""
     records = piece.to_pylist()
     rows = [Row(**{name: record[name] for name in _COLUMNS}) for record in records]
-    return packing.tokenise(_tokenizer(model), template, rows, max_seq_length, [r["index"] for r in records])
+    try:
+        tokens = packing.tokenise(_tokenizer(model), template, rows, max_seq_length, [r["index"] for r in records])
+    except PaddockError as error:
+        return pa.Table.from_pylist([{"mistake": str(error)}], schema=_TOLD)
+    return tokens.append_column("mistake", pa.nulls(len(tokens), pa.string()))
 
 
 @lru_cache(maxsize=1)

@@ -26,7 +26,7 @@ from paddock.prompts import Template, example_ids
 
 IGNORE = -100
 _OPEN_BLOCKS = 256
-_TOKENS = pa.schema(
+TOKENS = pa.schema(
     [
         ("index", pa.int64()),
         ("row_id", pa.string()),
@@ -83,7 +83,7 @@ def tokenise(
     tokenizer: Any, template: Template, rows: Sequence[Row], max_seq_length: int, indices: Sequence[int] | None = None
 ) -> pa.Table:
     """Rows as a table of ids, a row each: what `write_blocks` takes, of all rows in the order of their `index`."""
-    columns: dict[str, list[Any]] = {name: [] for name in _TOKENS.names}
+    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
     for index, row in zip(range(len(rows)) if indices is None else indices, rows, strict=True):
         tokens, cut = token_row(tokenizer, template, row, max_seq_length)
         columns["index"].append(index)
@@ -92,7 +92,7 @@ def tokenise(
         columns["input_ids"].append(tokens.input_ids if tokens else [])
         columns["prompt_tokens"].append(tokens.labels.count(IGNORE) if tokens else 0)
         columns["truncated"].append(cut)
-    return pa.table(columns, schema=_TOKENS)
+    return pa.table(columns, schema=TOKENS)
 
 
 def first_fit(lengths: Iterable[int], max_seq_length: int) -> list[list[int]]:

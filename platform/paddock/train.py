@@ -11,6 +11,7 @@ if it had never stopped.
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def train_worker(attempt: Attempt) -> int:
 
     Raises ModelError where loss or gradient is not finite, ResourceError where the GPU has too little memory.
     """
+    # Ray Train tells of each report under a name that its own log level misses.
+    logging.getLogger().setLevel(logging.WARNING)
     with ExitStack() as stack:
         try:
             return _train(attempt, stack)

@@ -215,7 +215,7 @@ def _fit(attempt: Attempt, scaling: Any, backend: Any) -> int:
         # Ray's own records of the attempt; what counts are our checkpoints, one directory up.
         name=time.strftime("%Y%m%d-%H%M%S"),
         storage_path=str(storage.join(config.output_dir, "ray_train")),
-        logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
         callbacks=[_Refusal()],
     )
