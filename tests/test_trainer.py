@@ -76,11 +76,13 @@ class TestRefusals:
 
     def test_too_few_cpus(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
         train_tree["scaling"] = {"num_workers": 3}
-        self._refused(train_tree, ResourceError, "training needs 3 CPU, the cluster has 2")
+        self._refused(train_tree, ResourceError, r"training needs 3 x 1 CPU, .* the cluster has 1 node of 2 CPU")
 
     def test_no_gpu(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
         train_tree["scaling"] = {"num_workers": 1, "use_gpu": True}
-        self._refused(train_tree, ResourceError, "training needs 1 GPU, the cluster has 0")
+        self._refused(
+            train_tree, ResourceError, r"training needs 1 x 1 CPU \+ 1 GPU, .* the cluster has 1 node of 2 CPU"
+        )
 
 
 class TestBegin:

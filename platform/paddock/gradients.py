@@ -73,3 +73,12 @@ def sum_over_workers(values: torch.Tensor) -> None:
         values.copy_(total)
     else:
         dist.all_reduce(values)
+
+
+def from_rank_0(value: int) -> int:
+    """Rank 0's value, on every worker."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    told = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(told, src=0)
+    return int(told.item())

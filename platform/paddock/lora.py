@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -86,6 +94,15 @@ def lora_config(part: LoraPart) -> LoraConfig:
     pattern = len(targets) == 1 and not targets[0].replace("_", "").replace(".", "").isalnum()
     values["target_modules"] = targets[0] if pattern else targets
     values["modules_to_save"] = list(part.modules_to_save) or None
+    if _moves_base(part) and (values.get("use_rslora") or values.get("use_dora")):
+        raise ConfigError(
+            "lora.init_lora_weights: this start cannot be saved as plain LoRA with use_rslora or use_dora"
+        )
+    if str(values.get("init_lora_weights")) in ("corda", "eva", "loftq"):
+        raise ConfigError(
+            f"lora.init_lora_weights: {values['init_lora_weights']} needs a pass over data or a quantised base first,"
+            " which is not made here; use true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        )
     try:
         return LoraConfig(task_type="CAUSAL_LM", **values)
     except (TypeError, ValueError) as error:
@@ -114,6 +131,9 @@ def attach(base: Any, part: LoraPart) -> PeftModel:
         model = get_peft_model(base, lora_config(part))
     except ValueError as error:
         raise ModelError(f"lora: {' '.join(str(error).split())}") from None
+    if _moves_base(part):
+        # What was taken out of the base; `save` gives it back.
+        model.paddock_start = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
     if part.init_from is not None:
         load_weights(model, storage.fetch(part.init_from))
     _train_in_float32(model, base.dtype)
@@ -170,7 +190,38 @@ def save(model: PeftModel, directory: Path, tokenizer_from: str | Path) -> None:
     """Write a plain PEFT adapter directory with its tokenizer."""
     # modules_to_save are written anyway; "auto" would ask the hub for the base's vocabulary.
     model.save_pretrained(directory, save_embedding_layers=False)
+    if hasattr(model, "paddock_start"):
+        _as_plain_lora(directory, model.paddock_start)
     copy_tokenizer(tokenizer_from, directory)
+
+
+def _moves_base(part: LoraPart) -> bool:
+    """Whether an initialisation changes the base: PiSSA and OLoRA take their first product out of it."""
+    start = (part.model_extra or {}).get("init_lora_weights", True)
+    return isinstance(start, str) and (start.startswith("pissa") or start == "olora")
+
+
+def _as_plain_lora(directory: Path, start: dict[str, torch.Tensor]) -> None:
+    """Rewrite an adapter of a changed base as one of the base itself, of twice the rank.
+
+    W - s B0 A0 + s B A = W + s [B -B0] [A; A0], with s = lora_alpha / r as before.
+    """
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".lora_A." in name:
+            tensors[name] = torch.cat([tensor, start[name].cpu()], dim=0).contiguous()
+        elif ".lora_B." in name:
+            tensors[name] = torch.cat([tensor, -start[name].cpu()], dim=1).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config["init_lora_weights"] = True
+    for key in ("r", "lora_alpha"):
+        config[key] *= 2
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {name: 2 * value for name, value in (config.get(key) or {}).items()}
+    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def load_weights(model: PeftModel, directory: Path) -> None:

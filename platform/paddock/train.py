@@ -20,7 +20,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.experimental import tqdm_ray
 from torch import nn
 from transformers import get_scheduler, set_seed
@@ -28,7 +27,7 @@ from transformers import get_scheduler, set_seed
 from paddock import checkpoint, cluster, lora, packing, storage
 from paddock.config import TrainConfig
 from paddock.errors import ModelError, ResourceError
-from paddock.gradients import Step, StepSum, sum_over_workers
+from paddock.gradients import Step, StepSum, from_rank_0, sum_over_workers
 from paddock.journal import Journal
 from paddock.loss import SupervisedLoss
 
@@ -77,7 +76,7 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
     if rank == 0:
         stack.enter_context(checkpoint.writing(run))
         found = checkpoint.find_last(run, attempt.identity, attempt.inputs)
-    first_step = _from_rank_0(checkpoint.step_of(found) if found else 0)
+    first_step = from_rank_0(checkpoint.step_of(found) if found else 0)
 
     # The model, the same on every worker.
     set_seed(recipe.seed)
@@ -135,20 +134,18 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
         scheduler.step()
         done += 1
 
-        ends = step.stop or done == attempt.max_steps
+        last = done == attempt.max_steps
+        ends = step.stop or last
         saves = ends or step.save or done % recipe.save_steps == 0
-        told: dict[str, Any] = {}
-        if ends or done % recipe.logging_steps == 0:
-            told = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": scheduler.get_last_lr()[0]}
-            told["supervised_tokens"] = supervised
         dev_losses: dict[str, Any] = {}
-        due = done % recipe.eval_steps == 0 or done == attempt.max_steps or (saves and recipe.keep_best)
-        if dev is not None and due and not step.stop:
+        due = last or (not step.stop and (done % recipe.eval_steps == 0 or (saves and recipe.keep_best)))
+        if dev is not None and due:
             dev_losses = evaluate(model, dev, recipe.per_device_train_batch_size, rank, world)
         if journal:
             journal.count(sum(blocks.tokens[b] for b in chosen))
-            if told or dev_losses:
-                journal.log(done, {**told, **dev_losses})
+            if ends or dev_losses or done % recipe.logging_steps == 0:
+                told = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": scheduler.get_last_lr()[0]}
+                journal.log(done, {**told, "supervised_tokens": supervised, **dev_losses})
         if saves:
             if rank == 0 and journal:
                 saved = checkpoint.write(
@@ -219,15 +216,6 @@ def _not_finite(
         f"step {number}: {what}; rows in it: {named}; last good checkpoint: {good}; look at the rows, or lower"
         " train.learning_rate in a new output_dir"
     )
-
-
-def _from_rank_0(value: int) -> int:
-    """Rank 0's value, on every worker."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    told = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(told, src=0)
-    return int(told.item())
 
 
 def _journal(attempt: Attempt, first_step: int) -> Journal:
