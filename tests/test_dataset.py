@@ -81,11 +81,14 @@ def test_ray_data_gives_what_the_plain_function_gives(
         dataset.tokenise_on_ray(str(base_model), Template("{input}感"), [Row("x", "冒")], 64)
 
 
-def test_blocks_of_other_rows_are_replaced(train_tree: dict[str, Any], assets: Path) -> None:
+def test_blocks_that_are_damaged_or_of_other_rows_are_replaced(train_tree: dict[str, Any], assets: Path) -> None:
     data = {"train": str(assets / "data" / "dev.json")}
     packed = dataset.pack_rows(_config(train_tree, data), {})
     made = manifest.verify(packed)
     assert made.extra["train"]["rows"] == 96
+    assert manifest.verify(dataset.pack_rows(_config(train_tree, data), {})) == made
+    file = Path(packed) / "train.parquet"
+    file.write_bytes(bytes(len(file.read_bytes())))
     assert manifest.verify(dataset.pack_rows(_config(train_tree, data), {})) == made
     smaller = dataset.pack_rows(_config(train_tree, data, max_seq_length=256), {})
     assert manifest.verify(smaller).extra["train"]["blocks"] > made.extra["train"]["blocks"]

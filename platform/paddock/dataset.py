@@ -16,7 +16,7 @@ import ray.data
 from paddock import lora, manifest, packing, storage
 from paddock.config import TrainConfig
 from paddock.data import Row, content_hash, read_split, refuse_overlap, set_apart
-from paddock.errors import DataError, PaddockError
+from paddock.errors import DataError, OutputError, PaddockError
 from paddock.prompts import Template, load_template
 
 # Rows of one Ray Data task.
@@ -65,13 +65,21 @@ def load_rows(config: TrainConfig) -> Rows:
 def pack_rows(
     config: TrainConfig, inputs: Mapping[str, str], rows: Rows | None = None, tokenise: Tokenise | None = None
 ) -> str | Path:
-    """Tokenise and pack the training and dev rows into `RUN/packed/`; blocks of other rows or sizes are replaced."""
+    """Tokenise and pack the training and dev rows into `RUN/packed/`.
+
+    Blocks that are damaged, or of other rows or sizes, are replaced.
+    """
     rows = rows or load_rows(config)
     inputs = {**inputs, **({"data.dev": content_hash(rows.dev)} if rows.dev else {})}
     what = {"max_seq_length": config.train.max_seq_length}
     packed = storage.join(config.output_dir, "packed")
-    found = manifest.read(packed)
-    stale = found is not None and manifest.difference(found, what, inputs) is not None
+    stale = False
+    if storage.exists(packed):
+        try:
+            stale = manifest.difference(manifest.verify(packed), what, inputs) is not None
+        except OutputError as error:
+            print(f"warning: {error}; packing the rows again", flush=True)
+            stale = True
     with manifest.stage(packed, kind="packed", config=what, inputs=inputs, overwrite=stale) as work:
         if not work.finished:
             reports = write_packed(config, rows, tokenise or tokenise_here, work.directory)
