@@ -57,13 +57,14 @@ def train(config: TrainConfig) -> str | Path:
             if found is not None and checkpoint.step_of(found) == steps:
                 print(f"{last}: already trained with this configuration; nothing to do")
                 return last
+            quiet = config.train.disable_tqdm
             attempt = Attempt(
                 config=config,
                 identity=identity,
                 inputs=inputs,
                 max_steps=steps,
                 stop_flag=f"paddock-stop-{uuid.uuid4()}",
-                progress_bar=not _or(config.train.disable_tqdm, not sys.stderr.isatty()),
+                progress_bar=sys.stderr.isatty() if quiet is None else not quiet,
             )
             with _terminable(attempt):
                 done = _fit(attempt, scaling, backend)
@@ -256,7 +257,3 @@ def _terminable(attempt: Attempt) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _or(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
