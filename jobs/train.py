@@ -6,8 +6,9 @@
     ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
         python -m jobs.train --config jobs/configs/demo.yaml
 
-Reads a Hugging Face model directory and rows; writes OUTPUT_DIR/packed, checkpoint-N, metrics.jsonl and
-tensorboard.
+Reads a Hugging Face model directory and rows; writes OUTPUT_DIR/run.json, packed, checkpoint-N, metrics.jsonl and
+tensorboard. Whatever ended a run, the same command goes on from its last checkpoint, on any number of workers, and
+ends where it would have ended.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 import jobs
 from paddock.config import TrainConfig
 from paddock.demo.prepare import ensure
-from paddock.train import check_config, train
 from paddock.train_plan import plan_text
+from paddock.trainer import check_config, train
 
 
 def main(config: TrainConfig) -> None:

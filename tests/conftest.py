@@ -118,6 +118,17 @@ def demo_tree() -> dict[str, Any]:
     return tree
 
 
+@pytest.fixture
+def train_tree(demo_tree: dict[str, Any], base_model: Path, assets: Path, tmp_path: Path) -> dict[str, Any]:
+    """jobs/configs/demo.yaml on the session's model, four steps of short blocks."""
+    demo_tree |= {"output_dir": str(tmp_path / "run"), "model": {"path": str(base_model)}, "demo_assets": None}
+    demo_tree["data"] = {"train": str(assets / "data" / "train.json"), "dev": str(assets / "data" / "dev.json")}
+    demo_tree["lora"] = {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
+    demo_tree["train"] |= {"max_seq_length": 512, "max_steps": 4, "save_steps": 2, "eval_steps": 4, "logging_steps": 1}
+    demo_tree["scaling"]["resources_per_worker"] = {"CPU": 0.5}
+    return demo_tree
+
+
 def run_job(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """`python -m ...` as a user runs it."""
     return subprocess.run(

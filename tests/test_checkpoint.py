@@ -23,7 +23,7 @@ def _write(run: Path, step: int) -> Path:
         config=CONFIG,
         inputs=INPUTS,
         save_adapter=lambda directory: (directory / "adapter_model.safetensors").write_bytes(bytes([step])),
-        state={"step": step, "rng": [checkpoint.rng_state()], "tensor": torch.arange(3)},
+        state={"step": step, "tensor": torch.arange(3)},
         metrics={"dev_loss": 1.5},
     )
 
@@ -83,8 +83,10 @@ def test_the_oldest_go(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == []
 
 
-def test_every_rng_goes_on_where_it_was(tmp_path: Path) -> None:
-    state = checkpoint.read_state(_write(tmp_path, 1))["rng"][0]
-    drawn = (random.random(), np.random.random(), torch.rand(1).item())
-    checkpoint.set_rng_state(state)
-    assert (random.random(), np.random.random(), torch.rand(1).item()) == drawn
+def test_every_rng_is_what_the_position_makes_it() -> None:
+    def drawn(step: int, index: int) -> tuple[float, float, float]:
+        checkpoint.seed_micro_batch(42, step, index)
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    assert drawn(3, 1) == drawn(3, 1)
+    assert len({drawn(3, 1), drawn(3, 2), drawn(4, 1)}) == 3

@@ -90,3 +90,18 @@ def test_an_address_that_is_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ResourceError, match=says) as told:
         cluster.connect()
     assert "\n" not in str(told.value)
+
+
+def test_a_running_job_hears_what_the_cluster_asks_of_it(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = cluster.Watch("a-flag")
+    assert not watch.stops()
+    assert not watch.preempts()
+    cluster.ask_to_stop("a-flag")
+    assert watch.stops()
+    assert not cluster.Watch("another-flag").stops()
+    draining = {"node": 0}
+    monkeypatch.setattr(cluster.ray_state, "get_draining_nodes", lambda: draining)
+    monkeypatch.setattr(cluster.Watch, "_EVERY_S", 0.0)
+    assert [watch.preempts(), watch.preempts()] == [True, False]  # once a node
+    draining["second"] = 0
+    assert watch.preempts()

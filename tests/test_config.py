@@ -19,7 +19,8 @@ NEEDED = ["output_dir=run", "model.path=base"]
     [
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean 'learning_rate'?"),
         ("trian.max_steps=1", "trian: unknown key; did you mean 'train'?"),
-        ("train.max_steps=0", "train.max_steps: input should be greater than or equal to 1 (found 0)"),
+        ("train.max_steps=0", "train.max_steps: value error, should be at least 1, or -1"),
+        ("scaling.num_workers=[3,2]", "scaling.num_workers: value error, should be a number of at least 1, or [min"),
         ("train.max_steps=many", "train.max_steps: input should be a valid integer"),
         ("train.lr_scheduler_type=cosin", "found 'cosin'"),
         ("train", "an override is key.sub=value"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from paddock import lora
+from paddock import lora, manifest
 from paddock.config import LoraPart, ModelConfig
 from paddock.errors import ConfigError, ModelError
 
@@ -75,3 +75,71 @@ def test_an_adapter_survives_a_round_trip(base_model: Path, tmp_path: Path) -> N
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, before)
         assert torch.equal(again(ids).logits, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8}},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"trainable_token_indices": [5, 6]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=lambda variant: "-".join(map(str, variant)),
+)
+def test_every_variant_trains_in_float32_and_loads_as_a_plain_adapter(
+    base_model: Path, tmp_path: Path, variant: dict[str, Any], dtype: Any
+) -> None:
+    part = LoraPart(r=4, **variant)
+    config = ModelConfig(path=str(base_model), dtype=dtype)
+    assert lora.check_targets(config, part)[0] > 0
+    torch.manual_seed(0)
+    model = lora.attach(lora.load_base(config), part)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    ids = torch.tensor([[1, 300, 5, 6, 301, 302]])
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        for _ in range(2):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lora.save(model, tmp_path, base_model)
+    plain = PeftModel.from_pretrained(lora.load_base(config), tmp_path).eval()
+    with torch.no_grad():
+        wanted, found = (m.eval()(input_ids=ids, use_cache=False).logits.float() for m in (model, plain))
+    # A base that was taken apart and put together again is rounded; whole layers are loaded in the base's type.
+    tolerance = 1e-3 if dtype == "float32" else 0.3
+    assert torch.allclose(wanted, found, atol=tolerance, rtol=1e-3)
+
+
+def test_an_adapter_is_continued_only_on_its_base_and_as_it_is(base_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    part = LoraPart(r=2)
+    model = lora.attach(lora.load_base(ModelConfig(path=str(base_model))), part)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02
+    adapter = tmp_path / "adapter"
+    with manifest.stage(adapter, kind="checkpoint", config={}, inputs={"model": "its base"}) as work:
+        lora.save(model, work.directory, base_model)
+
+    going_on = LoraPart(r=2, init_from=str(adapter))
+    lora.check_init_from(going_on, "its base")
+    again = lora.attach(lora.load_base(ModelConfig(path=str(base_model))), going_on)
+    ids = torch.tensor([[1, 300, 301, 302]])
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    for part, base, says in (
+        (going_on, "another", "trained on another base"),
+        (LoraPart(r=4, init_from=str(adapter)), "its base", r"its r is 2, lora\.r 4"),
+        (LoraPart(init_from=str(tmp_path)), "its base", r"no adapter_config\.json"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            lora.check_init_from(part, base)

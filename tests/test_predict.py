@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from deployments import reference
-from paddock import clients, lora, manifest, packing, predict, prompts, train
+from paddock import clients, dataset, lora, manifest, packing, predict, prompts
 from paddock.config import PredictConfig, TrainConfig, build
 from paddock.data import Row, read_rows, write_records
 from paddock.engine import Generation
@@ -123,7 +123,7 @@ def test_training_batch_and_http_give_the_same_token_ids(
     rows[0] = replace(rows[0], input="  甲</s>乙<s>答：\n丙 \n答：")
     records = [row.as_record() for row in rows]
     write_records(tmp_path / "test.json", records)
-    packed = train.pack_rows(
+    packed = dataset.pack_rows(
         build(
             TrainConfig,
             {

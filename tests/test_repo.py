@@ -30,10 +30,13 @@ ALLOWED = {
     "packing": "data errors prompts",
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",
-    "journal": "storage",
+    "journal": "errors storage",
     "loss": "packing",
-    "train": "checkpoint cluster config data errors journal lora loss manifest packing prompts storage",
-    "train_plan": "config data lora packing prompts train",
+    "gradients": "",
+    "dataset": "config data errors lora manifest packing prompts storage",
+    "train": "checkpoint cluster config errors gradients journal lora loss packing storage",
+    "trainer": "checkpoint cluster config dataset errors journal lora manifest prompts storage train",
+    "train_plan": "config dataset lora storage trainer",
     # base and adapters -> a model
     "weights": "errors",
     "meta_llama": "errors",
@@ -75,13 +78,13 @@ ALLOWED = {
     # everything in one run
     "demo": "config data manifest merge prompts storage",
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
-    " storage submission train",
+    " storage submission trainer",
     # measurements, which may look into everything
     "benchmark": "clients cluster config config_parts data demo engine errors ledger lora manifest merge"
     " merge_plan packing predict prompts proof service shard_tasks shards storage train"
     " weights",
 }
-RAY_EDGES = {"benchmark", "clients", "cluster", "merge", "pipeline", "predict", "service", "shard_tasks", "train"}
+RAY_EDGES = set("benchmark clients cluster dataset merge pipeline predict service shard_tasks train trainer".split())
 
 
 def _files(root: Path, *folders: str) -> list[Path]:

@@ -1,9 +1,14 @@
-"""The loop: its loss means what it says, it goes on where it was, and it refuses before it starts."""
+"""The loop: its loss means what it says, and neither deaths nor the number of workers change what it learns."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +17,16 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from paddock import checkpoint, lora, manifest, packing, train
+from paddock import checkpoint, lora, manifest, packing
 from paddock.config import LoraPart, ModelConfig, TrainConfig, build
 from paddock.data import read_rows, write_records
-from paddock.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
+from paddock.errors import ModelError, OutputError
+from paddock.gradients import StepSum
 from paddock.loss import SupervisedLoss
-from paddock.train_plan import plan_text
+from paddock.train import evaluate
+from paddock.trainer import train
 
-
-@pytest.fixture
-def tree(demo_tree: dict[str, Any], base_model: Path, assets: Path, tmp_path: Path) -> dict[str, Any]:
-    """jobs/configs/demo.yaml on the session's model, four steps of short blocks."""
-    demo_tree |= {"output_dir": str(tmp_path / "run"), "model": {"path": str(base_model)}, "demo_assets": None}
-    demo_tree["data"] = {"train": str(assets / "data" / "train.json"), "dev": str(assets / "data" / "dev.json")}
-    demo_tree["lora"] = {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
-    demo_tree["train"] |= {"max_seq_length": 512, "max_steps": 4, "save_steps": 2, "eval_steps": 4, "logging_steps": 1}
-    demo_tree["scaling"]["resources_per_worker"] = {"CPU": 0.5}
-    return demo_tree
+WEIGHTS = "adapter_model.safetensors"
 
 
 def _supervised_loss(base_model: Path) -> SupervisedLoss:
@@ -40,7 +38,8 @@ def _supervised_loss(base_model: Path) -> SupervisedLoss:
 def blocks(base_model: Path, assets: Path, tmp_path: Path) -> packing.PackedBlocks:
     rows = read_rows(assets / "data" / "dev.json")
     template = packing.Template("问：\n{input}\n答：\n")
-    packing.pack(lora.load_tokenizer(base_model), template, rows, 512, tmp_path / "blocks.parquet")
+    tokens = packing.tokenise(lora.load_tokenizer(base_model), template, rows, 512)
+    packing.write_blocks(tokens, 512, tmp_path / "blocks.parquet", by_task=True)
     return packing.PackedBlocks(tmp_path / "blocks.parquet")
 
 
@@ -53,116 +52,142 @@ def test_the_loss_is_the_sum_over_supervised_tokens(base_model: Path, blocks: pa
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_step_is_the_same_however_it_is_split(
-    base_model: Path, blocks: packing.PackedBlocks, tree: dict[str, Any], size: int
-) -> None:
+def test_a_step_is_the_same_however_it_is_split(base_model: Path, blocks: packing.PackedBlocks, size: int) -> None:
     chosen = [0, 1, 2, 3]
     supervised = sum(blocks.supervised_tokens[b] for b in chosen)
 
-    def gradients(size: int) -> tuple[float, list[torch.Tensor]]:
-        loss = _supervised_loss(base_model)
-        tree["train"]["per_device_train_batch_size"] = size
-        value = train._step(loss, blocks, chosen, supervised, build(TrainConfig, tree), world=1)
-        return value, [p.grad for p in loss.parameters() if p.grad is not None]
+    def steps(size: int) -> list[tuple[float, list[torch.Tensor]]]:
+        model = _supervised_loss(base_model)
+        sums = StepSum([p for p in model.parameters() if p.requires_grad])
+        found = []
+        for _ in range(2):  # what a step leaves behind would show in the next one
+            for indices in packing.micro_batches(chosen, size):
+                sums.add(model(**blocks.batch(indices)) / supervised)
+            step = sums.finish(max_grad_norm=1e9)
+            found.append((step.loss, [p.grad for p in sums.parameters if p.grad is not None]))
+            for parameter in sums.parameters:
+                parameter.grad = None
+        return found
 
-    whole, split = gradients(4), gradients(size)
-    assert split[0] == pytest.approx(whole[0], rel=1e-6)
-    for one, other in zip(whole[1], split[1], strict=True):
-        assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
-
-
-def test_the_runs_identity_is_the_steps_batch_not_its_split(tree: dict[str, Any]) -> None:
-    def identity(workers: int, size: int, accumulation: int) -> dict[str, Any]:
-        tree["scaling"]["num_workers"] = workers
-        tree["train"] |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        return train.run_config(build(TrainConfig, tree))
-
-    assert identity(1, 1, 4) == identity(2, 2, 1) == identity(4, 1, 1)
-    assert identity(1, 1, 4) != identity(1, 1, 2)
+    for whole, split in zip(steps(4), steps(size), strict=True):
+        assert split[0] == pytest.approx(whole[0], rel=1e-6)
+        for one, other in zip(whole[1], split[1], strict=True):
+            assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_a_run_is_identified_by_what_its_inputs_say(tree: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "template.txt"
-    tree["prompt"] = {"template": str(file)}
-
-    def inputs(text: str) -> dict[str, str]:
-        file.write_text(text, encoding="utf-8")
-        return train.check(build(TrainConfig, tree))
-
-    assert inputs("Q: {input}\n") != inputs("A: {input}\n")
-
-
-def test_a_plan_tells_what_would_be_done(tree: dict[str, Any]) -> None:
-    tree["train"]["max_seq_length"] = 40
-    text = plan_text(build(TrainConfig, tree))
-    assert "of 2400" in text
-    assert "4 of 2 blocks on 2 worker(s)" in text
-    assert "PromptCBLUE allows 1%" in text
-    assert "IMCS-V2-MRG" in text  # the longest rows do not fit
-    assert not Path(tree["output_dir"]).exists()
+def test_the_dev_loss_is_told_by_task_too(base_model: Path, blocks: packing.PackedBlocks) -> None:
+    model = _supervised_loss(base_model)
+    found = evaluate(model, blocks, 2, rank=0, world=1)
+    task = blocks.tasks[0]
+    members = [b for b, of in enumerate(blocks.tasks) if of == task]
+    with torch.no_grad():
+        alone = sum(model(**blocks.batch([b])).item() for b in members)
+    counted = sum(blocks.supervised_tokens[b] for b in members)
+    assert found["dev_loss_by_task"][task] == pytest.approx(alone / counted, rel=1e-5)
+    assert found["dev_loss_by_task"].keys() == set(blocks.tasks)
+    assert min(found["dev_loss_by_task"].values()) < found["dev_loss"] < max(found["dev_loss_by_task"].values())
 
 
-class TestRefusals:
-    """Each before Ray is asked, and with nothing written."""
-
-    def _refused(self, tree: dict[str, Any], error: type[Exception], says: str) -> None:
-        with pytest.raises(error, match=says) as told:
-            train.train(build(TrainConfig, tree))
-        assert "\n" not in str(told.value)
-        assert not Path(tree["output_dir"]).exists()
-
-    def test_no_training_file(self, tree: dict[str, Any]) -> None:
-        tree["data"]["train"] = None
-        self._refused(tree, ConfigError, "data.train: is required")
-
-    def test_a_missing_target(self, tree: dict[str, Any], tmp_path: Path) -> None:
-        rows = read_rows(tree["data"]["train"])
-        write_records(tmp_path / "x.json", [rows[0].as_record(), replace(rows[1], target="").as_record()])
-        tree["data"]["train"] = str(tmp_path / "x.json")
-        self._refused(tree, DataError, r"x\.json:2: the target is missing")
-
-    def test_a_base_without_config(self, tree: dict[str, Any], tmp_path: Path) -> None:
-        (tmp_path / "empty").mkdir()
-        tree["model"]["path"] = str(tmp_path / "empty")
-        self._refused(tree, ModelError, r"no config\.json")
-
-    def test_a_misspelt_lora_key(self, tree: dict[str, Any]) -> None:
-        tree["lora"]["lora_alfa"] = 1
-        self._refused(tree, ConfigError, "did you mean 'lora_alpha'")
-
-    def test_too_few_cpus(self, tree: dict[str, Any], ray_cluster: Any) -> None:
-        tree["scaling"] = {"num_workers": 3}
-        self._refused(tree, ResourceError, r"training needs 3 x 1 CPU, .* the cluster has 1 node of 2 CPU")
-
-    def test_no_gpu(self, tree: dict[str, Any], ray_cluster: Any) -> None:
-        tree["scaling"] = {"num_workers": 1, "use_gpu": True}
-        self._refused(tree, ResourceError, r"training needs 1 x 1 CPU \+ 1 GPU, .* the cluster has 1 node of 2 CPU")
+def _curve(run: str) -> list[tuple[int, float]]:
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
 
 
-def test_two_workers_train_stop_and_go_on_exactly(
-    tree: dict[str, Any], ray_cluster: Any, base_model: Path, copy_of: Any, capfd: pytest.CaptureFixture[str]
+def _kill_a_worker(run: str, after: int) -> None:
+    """SIGKILL a training process once the run has told of a step."""
+    while not (Path(run) / "metrics.jsonl").exists() or len(_curve(run)) < after:
+        time.sleep(0.02)
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    # Ray names its processes after what they run, and cuts the name.
+    pids = [int(line.split()[0]) for line in listed.splitlines() if "ray::RayTrainWorker" in line]
+    os.kill(max(pids), signal.SIGKILL)
+
+
+def test_workers_and_their_deaths_change_nothing(
+    train_tree: dict[str, Any], ray_cluster: Any, base_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = build(TrainConfig, tree)
-    last = train.train(config)
-    assert last == Path(config.output_dir) / "checkpoint-4"
-    assert checkpoint.steps(config.output_dir) == [2, 4]
-    assert manifest.verify(last).kind == "checkpoint"
-    assert manifest.verify(Path(config.output_dir) / "packed").kind == "packed"
-    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    assert losses[4] < losses[1]
-    assert lines[-1]["dev_loss"] > 0
-    PeftModel.from_pretrained(lora.load_base(config.model), last)
-    weights = (last / "adapter_model.safetensors").read_bytes()
+    """1 worker x accumulation 4; 2 x 2 that loses a worker; then its last checkpoint, and goes on as 4 x 1."""
+
+    def trained(workers: int, accumulation: int) -> tuple[TrainConfig, Path]:
+        train_tree["output_dir"] = str(tmp_path / f"run-{workers}")
+        train_tree["scaling"]["num_workers"] = workers
+        train_tree["train"]["gradient_accumulation_steps"] = accumulation
+        config = build(TrainConfig, train_tree)
+        if workers == 2:
+            threading.Thread(target=_kill_a_worker, args=(config.output_dir, 3)).start()
+        return config, Path(train(config))
+
+    one, last_of_one = trained(1, 4)
+    two, last = trained(2, 2)
+    weights = (last / WEIGHTS).read_bytes()
+    assert (last_of_one / WEIGHTS).read_bytes() == weights
+    assert _curve(one.output_dir) == _curve(two.output_dir)
+    assert [step for step, _ in _curve(two.output_dir)] == [1, 2, 3, 4]
+    assert _curve(two.output_dir)[-1][1] < _curve(two.output_dir)[0][1]
+    assert len(list((Path(two.output_dir) / "tensorboard").iterdir())) == 2  # an attempt each
+
+    assert checkpoint.steps(two.output_dir) == [2, 4]
+    assert manifest.verify(last).extra["metrics"]["dev_loss"] > 0
+    PeftModel.from_pretrained(lora.load_base(two.model), last)
 
     # The same again does nothing; another configuration is refused.
-    train.train(config)
+    train(two)
     assert "nothing to do" in capfd.readouterr().out
-    tree["train"]["learning_rate"] = 1.0
+    train_tree["train"]["learning_rate"] = 1.0
     with pytest.raises(OutputError, match=r"train\.learning_rate was 0\.\d+ and is now 1\.0"):
-        train.train(build(TrainConfig, tree))
+        train(build(TrainConfig, train_tree))
 
-    # A run that lost its last checkpoint ends where the uninterrupted one did, bit for bit.
-    (last / "adapter_model.safetensors").write_bytes(weights[:-1])
-    assert train.train(config) == last
-    assert (last / "adapter_model.safetensors").read_bytes() == weights
+    # A run that lost its last checkpoint goes on from the one before it to the same end.
+    (last / WEIGHTS).write_bytes(weights[:-1])
+    first = (Path(two.output_dir) / "checkpoint-2" / "manifest.json").stat()
+    train_tree["train"] |= {"learning_rate": two.train.learning_rate}
+    train_tree["scaling"]["num_workers"] = 4
+    assert train(build(TrainConfig, train_tree)) == last
+    assert (last / WEIGHTS).read_bytes() == weights
+    assert _curve(two.output_dir) == _curve(one.output_dir)
+    assert (Path(two.output_dir) / "checkpoint-2" / "manifest.json").stat() == first
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_once(
+    train_tree: dict[str, Any], ray_cluster: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_tree["train"] |= {"learning_rate": 1e30, "warmup_ratio": 0}
+    train_tree["scaling"]["num_workers"] = 1
+    with pytest.raises(
+        ModelError, match=r"step 2: the (loss|gradient's norm) is (nan|inf).* rows in it: .*good checkp"
+    ):
+        train(build(TrainConfig, train_tree))
+    assert "resuming" not in capfd.readouterr().out
+    assert len(list((Path(train_tree["output_dir"]) / "tensorboard").iterdir())) == 1  # it was not tried again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_goes_on_to_the_same_end(
+    train_tree: dict[str, Any], root: Path, tmp_path: Path, job: Any, way: signal.Signals
+) -> None:
+    """The driver is killed after its third step, the next one after its sixth; a run beside it is left alone."""
+    rows = read_rows(train_tree["data"]["train"])[:400]
+    write_records(tmp_path / "train.json", [row.as_record() for row in rows])
+    train_tree["data"]["train"] = str(tmp_path / "train.json")
+    train_tree["train"] |= {"max_steps": 8, "save_steps": 4}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(train_tree))
+    env = {**os.environ, "PYTHONPATH": f"{root / 'platform'}:{root}", "RAY_ADDRESS": "local"}
+
+    def start(run: Path, *more: str) -> subprocess.Popen[bytes]:
+        words = ["jobs.train", "--config", str(config), f"output_dir={run}", *more]
+        return subprocess.Popen([sys.executable, "-m", *words], cwd=root, env=env)
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    for after, workers in ((3, 2), (6, 1)):
+        driver = start(tmp_path / "cut", f"scaling.num_workers={workers}")
+        while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(_curve(str(tmp_path / "cut"))) < after:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        driver.send_signal(way)
+        assert driver.wait(60) == (-signal.SIGKILL if way == signal.SIGKILL else 128 + signal.SIGTERM)
+    assert start(tmp_path / "cut").wait(300) == 0
+    last = "checkpoint-8"
+    assert (tmp_path / "cut" / last / WEIGHTS).read_bytes() == (tmp_path / "whole" / last / WEIGHTS).read_bytes()
+    assert _curve(str(tmp_path / "cut")) == _curve(str(tmp_path / "whole"))

@@ -1,31 +1,42 @@
 """Checkpoints of a run: a plain PEFT adapter directory with its tokenizer, plus `trainer_state/`.
 
     RUN/checkpoint-800/adapter_model.safetensors ...      loads with PeftModel.from_pretrained, serves in vLLM
-    RUN/checkpoint-800/trainer_state/state.pt             optimizer, scheduler, RNGs, step
+    RUN/checkpoint-800/trainer_state/state.pt             trained parameters, optimizer, scheduler, step
     RUN/checkpoint-800/manifest.json                      the commit: without it the checkpoint does not exist
 
-The position in the data is the step itself: see `packing.step_blocks`.
+The step is the cursor: which blocks come next (`packing.step_blocks`) and the state of every random number
+generator (`seed_micro_batch`) follow from it, for any number of workers.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from transformers import set_seed
 
 from paddock import manifest, storage
 from paddock.errors import OutputError
 
 STATE = Path("trainer_state") / "state.pt"
+# A worker whose driver was killed lives on for as long as Ray needs to see it, which is seconds.
+_ORPHAN_S = 120
 
 
 def path(run: str | Path, step: int) -> str | Path:
     """Where the checkpoint after `step` optimizer steps stands."""
     return storage.join(run, f"checkpoint-{step}")
+
+
+def step_of(directory: Path) -> int:
+    """The steps that a checkpoint directory holds."""
+    return int(directory.name.removeprefix("checkpoint-"))
 
 
 def write(
@@ -37,13 +48,13 @@ def write(
     save_adapter: Callable[[Path], None],
     state: Mapping[str, Any],
     metrics: Mapping[str, Any],
-) -> str | Path:
-    """Write a checkpoint, as one step, and return where it stands.
+) -> Path:
+    """Write a checkpoint, as one step, into the run's directory on this machine; returns where it stands.
 
     `save_adapter` writes the PEFT directory into the path it is given. A damaged directory in the
     checkpoint's place is replaced; `config` and `inputs` were compared when the run started.
     """
-    place = path(run, step)
+    place = storage.workplace(run) / f"checkpoint-{step}"
     storage.remove(place)
     with manifest.stage(place, kind="checkpoint", config=config, inputs=inputs, overwrite=True) as work:
         save_adapter(work.directory)
@@ -80,41 +91,109 @@ def find_last(run: str | Path, config: Mapping[str, Any], inputs: Mapping[str, s
         except OutputError as error:
             print(f"warning: {error}; trying the checkpoint before it", flush=True)
             continue
-        changed = manifest.difference(found, config, inputs)
-        if changed is not None:
-            raise OutputError(
-                f"{run}: its checkpoints were made with another configuration: {changed};"
-                " choose another output_dir or overwrite=true"
-            )
+        refuse_other(run, found, config, inputs)
         return directory
     return None
 
 
-def prune(run: str | Path, keep: int | None) -> None:
-    """Remove the oldest checkpoints beyond `keep`."""
-    if keep is not None:
-        found = steps(run)
-        for step in found[: max(len(found) - keep, 0)]:
+def refuse_other(
+    run: str | Path, found: manifest.Manifest, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> None:
+    """Raise OutputError, naming the first difference, where a run was made by another configuration or base."""
+    changed = manifest.difference(found, config, inputs)
+    if changed is not None:
+        raise OutputError(
+            f"{run}: its checkpoints were made with another configuration: {changed};"
+            " choose another output_dir or overwrite=true"
+        )
+
+
+def best(run: str | Path, metric: str) -> int | None:
+    """The step of the checkpoint with the lowest `metric`, the earlier of equals; None where none has it."""
+    scores: dict[int, float] = {}
+    for step in steps(run):
+        found = manifest.read(path(run, step))
+        if found is not None and metric in found.extra.get("metrics", {}):
+            scores[step] = found.extra["metrics"][metric]
+    return min(scores, key=lambda step: (scores[step], step)) if scores else None
+
+
+def prune(run: str | Path, keep: int | None, *, best_by: str | None = None) -> None:
+    """Remove the oldest checkpoints beyond `keep`, but not the best one by a metric."""
+    if keep is None:
+        return
+    found = steps(run)
+    spared = {best(run, best_by)} if best_by else set()
+    for step in found[: max(len(found) - keep, 0)]:
+        if step not in spared:
             storage.remove(path(run, step))
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every random number generator of this process."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+@contextmanager
+def writing(run: str | Path) -> Iterator[None]:
+    """Be the one process that writes a run's checkpoints and metrics.
+
+    An earlier attempt's worker may outlive its killed driver for a moment, so this waits for it. The lock
+    is the process's own: it is free as soon as that is dead, whatever file is left behind. What such a
+    process left half-written is removed. Raises OutputError where it does not end.
+    """
+    place = storage.workplace(run)
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place / ".writer.lock")
+    try:
+        lock.acquire(timeout=_ORPHAN_S)
+    except Timeout:
+        raise OutputError(
+            f"{run}: a worker of an earlier attempt has been writing here for {_ORPHAN_S} s; end that process first"
+        ) from None
+    try:
+        for left in (*place.glob(".checkpoint-*.partial"), *place.glob(".checkpoint-*.lock")):
+            storage.remove(left)
+        yield
+    finally:
+        lock.release()
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+class Publisher:
+    """Lets checkpoints be where their run is, and removes what they replace (see `prune`).
+
+    To a URI they are copied while the training goes on. One copy is under way at a time: the next one waits
+    for it, so that checkpoints appear in their order.
+    """
+
+    def __init__(self, run: str | Path, keep: int | None, best_by: str | None = None) -> None:
+        self.run, self.keep, self.best_by = run, keep, best_by
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def publish(self, place: Path, *, before: Callable[[], None]) -> None:
+        """Let the checkpoint at `place` exist, after a call (the metrics up to it have to be there first).
+
+        Raises what an earlier copy raised: StorageError where the store refuses.
+        """
+        self.wait()
+        before()
+        if storage.is_uri(self.run):
+            self._last = self._pool.submit(self._copy, place)
+        else:
+            prune(self.run, self.keep, best_by=self.best_by)
+
+    def wait(self) -> None:
+        """Return when every checkpoint is where the run is."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()
+
+    def _copy(self, place: Path) -> None:
+        storage.publish(place, storage.join(self.run, place.name))
+        shutil.rmtree(place)
+        prune(self.run, self.keep, best_by=self.best_by)
+
+
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Set every random number generator to what it is before a micro-batch, on whichever worker that runs."""
+    set_seed((seed * 1_000_003 + step * 1_009 + index) % 2**32)

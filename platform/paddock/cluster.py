@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import ray
 import yaml
 from ray._private.state import state as ray_state
+from ray.experimental import internal_kv
 
 from paddock.errors import ResourceError
 
@@ -171,3 +173,33 @@ def _joined() -> bool:
     """Whether this driver's Ray was there before it: only a Ray of its own dies with its driver."""
     node = ray._private.worker._global_node
     return bool(node is None or not node.is_head())
+
+
+def ask_to_stop(flag: str) -> None:
+    """Ask a running job to save and end; `flag` is the name it watches."""
+    internal_kv._internal_kv_put(flag, b"1")
+
+
+class Watch:
+    """What the cluster asks of a running job; each question is a call to the cluster's head, under a millisecond."""
+
+    _EVERY_S = 2.0
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+        self._draining: set[str] = set()
+        self._looked = float("-inf")
+
+    def stops(self) -> bool:
+        """Whether `ask_to_stop` was called."""
+        return bool(internal_kv._internal_kv_exists(self.flag))
+
+    def preempts(self) -> bool:
+        """Whether a node is about to be taken away that was not when this was asked before."""
+        if time.monotonic() - self._looked < self._EVERY_S:
+            return False
+        self._looked = time.monotonic()
+        draining = set(ray_state.get_draining_nodes())
+        new = draining - self._draining
+        self._draining = draining
+        return bool(new)

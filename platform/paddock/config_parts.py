@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from paddock.errors import ConfigError
@@ -105,9 +105,11 @@ class DataConfig(Settings):
     """Files of rows."""
 
     train: Location | None = None
-    """Rows to learn from; each needs its target."""
+    """Rows to learn from, each with its target: a file, a glob, or a directory with train.json and perhaps dev.json."""
     dev: Location | None = None
-    """Rows to evaluate the loss on while training."""
+    """Rows to evaluate the loss on while training: a file, a glob, or a directory with dev.json."""
+    validation_split_percentage: How[float] = Field(default=0, ge=0, lt=100)
+    """The share of the training rows that is set apart as dev rows where there are none."""
     test: Location | None = None
     """Rows to predict; their targets are never read."""
     format: Literal["promptcblue", "alpaca", "messages"] = "promptcblue"
@@ -157,7 +159,9 @@ class LoraPart(Settings):
     )
     """Linear layers that get an adapter."""
     modules_to_save: Annotated[tuple[str, ...], Split] = ()
-    """Layers that are trained whole and saved with the adapter."""
+    """Layers that are trained whole, in float32, and saved with the adapter."""
+    init_from: Location | None = None
+    """An adapter directory on the same base to go on from, instead of a fresh adapter."""
 
 
 class TrainPart(Settings):
@@ -165,45 +169,90 @@ class TrainPart(Settings):
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """The peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     """The shape of the learning rate after warm-up."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    """The share of max_steps in which the learning rate rises from 0."""
+    """The share of all steps in which the learning rate rises from 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """The same as a number of steps; where it is given, warmup_ratio does not count."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay of the squared gradient's mean."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's guard against a division by zero."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient's norm is clipped to this."""
     max_seq_length: int = Field(default=512, ge=8)
     """Tokens in a packed block; a row never spans two."""
+    max_train_samples: int | None = Field(default=None, ge=1)
+    """Train on so many rows, the first ones; null takes all."""
+    max_eval_samples: How[int | None] = Field(default=None, ge=1)
+    """Evaluate on so many dev rows, the first ones; null takes all."""
     per_device_train_batch_size: int = Field(default=2, ge=1)
     """Packed blocks in one forward pass of one worker."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes of one worker before the optimizer steps."""
-    max_steps: int = Field(default=1000, ge=1)
-    """Optimizer steps of the whole run."""
-    save_steps: int = Field(default=100, ge=1)
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps of the whole run; where it is positive, num_train_epochs does not count."""
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    """How often the run goes through the rows."""
+    save_steps: How[int] = Field(default=100, ge=1)
     """Steps from one checkpoint to the next; the last step always makes one."""
-    save_total_limit: int | None = Field(default=25, ge=1)
+    save_total_limit: How[int | None] = Field(default=25, ge=1)
     """The number of checkpoints that are kept, newest first; null keeps all."""
+    keep_best: How[bool] = False
+    """Keep the checkpoint with the lowest dev loss beyond save_total_limit; every checkpoint is then evaluated."""
     eval_steps: How[int] = Field(default=100, ge=1)
     """Steps from one dev loss to the next."""
     logging_steps: How[int] = Field(default=10, ge=1)
     """Steps from one line of metrics to the next."""
+    report_to: How[Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Split]] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl; mlflow and wandb have to be installed."""
+    disable_tqdm: How[bool | None] = None
+    """Lines instead of a progress bar; null draws the bar on a terminal."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _trains(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("should be at least 1, or -1 to count num_train_epochs")
+        return value
 
 
 class ScalingPart(Settings):
     """Ray Train's ScalingConfig."""
 
-    num_workers: How[int] = Field(default=1, ge=1)
-    """Training processes; the data order and the batch of a step do not depend on it."""
+    num_workers: How[int | tuple[int, int]] = 1
+    """Training processes, or [min, max] for as many as there is room for. A new run's step takes num_workers (max) x
+    per_device_train_batch_size x gradient_accumulation_steps blocks; a run that goes on with other workers keeps its
+    steps, which are dealt out to however many there are."""
     use_gpu: How[bool | None] = None
     """One GPU a worker; null takes one where the cluster has any."""
     resources_per_worker: How[dict[str, float]] = Field(default_factory=dict)
-    """What Ray reserves for a worker, such as `{CPU: 0.5}`; empty leaves it to Ray."""
-    max_failures: How[int] = 1
-    """How often Ray Train restarts failed workers from the last checkpoint."""
+    """What Ray reserves for a worker, such as `{CPU: 0.5}` or `{GPU: 0.5}`; empty leaves it to Ray."""
+    max_failures: How[int] = Field(default=10, ge=-1)
+    """How often Ray Train restarts failed workers from the last checkpoint; -1 is no limit."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = (value, value) if isinstance(value, int) else value
+        if not 1 <= low <= high:
+            raise ValueError("should be a number of at least 1, or [min, max] with 1 <= min <= max")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class ShardPart(Settings):

@@ -6,13 +6,15 @@ Three formats, one JSON object a line (`data.format`):
     alpaca        {"instruction", "input", "output"}            (a missing "input" is empty)
     messages      {"messages": [{"role", "content"}, ...]}      (system?, user, assistant?)
 
-A row that does not fit is refused with file and line, never skipped.
+A row that does not fit is refused with file and line, never skipped. Rows come from one file, from the files
+that a glob matches, or from a directory with `train.json`, `dev.json` and `test.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +43,11 @@ class Row:
     task_dataset: str = ""
     sample_id: str = ""
     instruction: str = ""
+
+    @property
+    def content(self) -> tuple[str, str, str]:
+        """What the row says, whoever wrote it down and under which id."""
+        return self.instruction.strip(), self.input.strip(), self.target.strip()
 
     def as_record(self, target: str | None = None) -> dict[str, Any]:
         """The row as the benchmark writes it: six fields, in its order, with another `target`."""
@@ -107,6 +114,58 @@ def place(path: str | Path, index: int) -> str:
     with storage.fetch(path).open("rb") as lines:
         numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     return f"{path}:{numbers[index]}"
+
+
+def find_files(location: str | Path, split: str) -> list[str | Path]:
+    """The files that a location stands for: SPLIT.json of a directory, all that a glob matches, or itself.
+
+    Raises DataError where a glob matches nothing, or a directory has no such file.
+    """
+    found = storage.matches(location)
+    if found is not None:
+        if not found:
+            raise DataError(f"data.{split}: {location}: no file matches; check the pattern")
+        return found
+    within = storage.join(location, f"{split}.json")
+    if storage.is_directory(location):
+        if not storage.exists(within):
+            raise DataError(f"data.{split}: {location}: the directory has no {split}.json; name the file, or a glob")
+        return [within]
+    return [location]
+
+
+def read_split(location: str | Path, split: str, data_format: str = "promptcblue") -> list[Row]:
+    """Every row of a split to train or evaluate on, in the order of its files. Raises DataError as `read_rows` does."""
+    files = find_files(location, split)
+    return [row for file in files for row in read_rows(file, data_format, require_target=True)]
+
+
+def set_apart(rows: Sequence[Row], percentage: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Take a seeded share of the rows away for validation: (training rows, validation rows), each in order.
+
+    Rows that say the same go the same way. Raises DataError where one of both would be empty.
+    """
+    contents = list(dict.fromkeys(row.content for row in rows))
+    count = round(len(contents) * percentage / 100)
+    if not 0 < count < len(contents):
+        raise DataError(
+            f"data.validation_split_percentage: {percentage:g} % of {len(contents)} different rows leaves no rows on"
+            " one side; choose another share"
+        )
+    dev = set(random.Random(seed).sample(contents, count))
+    return [row for row in rows if row.content not in dev], [row for row in rows if row.content in dev]
+
+
+def refuse_overlap(train: Sequence[Row], dev: Sequence[Row]) -> None:
+    """Raise DataError where a dev row is trained on: its loss would tell nothing."""
+    trained = {row.content: row for row in train}
+    shared = [row for row in dev if row.content in trained]
+    if shared:
+        example = trained[shared[0].content]
+        raise DataError(
+            f"data.dev: {len(shared)} of {len(dev)} rows are training rows, by what they say (dev row"
+            f" {shared[0].sample_id!r} is training row {example.sample_id!r}); take them out of one of both"
+        )
 
 
 def write_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:

@@ -315,10 +315,14 @@ def commit(
 
 def difference(found: Manifest, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
     """What of a configuration and its inputs is not what a manifest says, or None."""
-    before, after = (
-        _flat({"config": found.config, "input": found.inputs}),
-        _flat({"config": config, "input": inputs}),
-    )
+    return changed(found.config, found.inputs, config, inputs)
+
+
+def changed(
+    was_config: Mapping[str, Any], was_inputs: Mapping[str, str], config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> str | None:
+    """The first difference between two configurations with their inputs, for a person; None where they are the same."""
+    before, after = _flat({"config": was_config, "input": was_inputs}), _flat({"config": config, "input": inputs})
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             name = key.removeprefix("config.")

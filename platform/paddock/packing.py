@@ -14,7 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -24,12 +26,14 @@ from paddock.prompts import Template, example_ids
 
 IGNORE = -100
 _OPEN_BLOCKS = 256
-_SCHEMA = pa.schema(
+TOKENS = pa.schema(
     [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("position_ids", pa.list_(pa.int32())),
-        ("row_ids", pa.list_(pa.string())),
+        ("index", pa.int64()),
+        ("row_id", pa.string()),
+        ("task", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),  # empty where the answer alone is too long
+        ("prompt_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
     ]
 )
 
@@ -75,6 +79,22 @@ def token_row(tokenizer: Any, template: Template, row: Row, max_seq_length: int)
     return TokenRow(row.sample_id, prompt + completion, [IGNORE] * len(prompt) + completion), cut
 
 
+def tokenise(
+    tokenizer: Any, template: Template, rows: Sequence[Row], max_seq_length: int, indices: Sequence[int] | None = None
+) -> pa.Table:
+    """Rows as a table of ids, a row each: what `write_blocks` takes, of all rows in the order of their `index`."""
+    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
+    for index, row in zip(range(len(rows)) if indices is None else indices, rows, strict=True):
+        tokens, cut = token_row(tokenizer, template, row, max_seq_length)
+        columns["index"].append(index)
+        columns["row_id"].append(row.sample_id)
+        columns["task"].append(row.task_dataset)
+        columns["input_ids"].append(tokens.input_ids if tokens else [])
+        columns["prompt_tokens"].append(tokens.labels.count(IGNORE) if tokens else 0)
+        columns["truncated"].append(cut)
+    return pa.table(columns, schema=TOKENS)
+
+
 def first_fit(lengths: Iterable[int], max_seq_length: int) -> list[list[int]]:
     """Indices of rows, block by block: each row goes into the first open block that has room.
 
@@ -95,36 +115,57 @@ def first_fit(lengths: Iterable[int], max_seq_length: int) -> list[list[int]]:
     return blocks
 
 
+def write_blocks(tokens: pa.Table, max_seq_length: int, file: Path, *, by_task: bool = False) -> PackingReport:
+    """Pack tokenised rows and write the blocks; with `by_task`, each block holds rows of one task.
+
+    Raises DataError where no row is left.
+    """
+    tokens = tokens.sort_by("index").combine_chunks()
+    truncated = tokens.filter(tokens["truncated"])["task"].to_pylist()
+    fits = pc.greater(pc.list_value_length(tokens["input_ids"]), 0)
+    dropped = tokens.filter(pc.invert(fits))["task"].to_pylist()
+    kept = tokens.filter(fits).combine_chunks()
+    if not kept.num_rows:
+        raise DataError(f"no row fits into train.max_seq_length={max_seq_length}; make it larger")
+    ids = [np.asarray(row, dtype=np.int32) for row in kept["input_ids"].to_numpy()]
+    row_ids, tasks, prompts = (kept[name].to_pylist() for name in ("row_id", "task", "prompt_tokens"))
+
+    groups = [list(range(len(ids)))]
+    if by_task:
+        groups = [[i for i, task in enumerate(tasks) if task == name] for name in sorted(set(tasks))]
+    blocks = [
+        [group[i] for i in block]
+        for group in groups
+        for block in first_fit((len(ids[i]) for i in group), max_seq_length)
+    ]
+    labels = [np.concatenate([np.full(n, IGNORE, np.int32), row[n:]]) for n, row in zip(prompts, ids, strict=True)]
+    positions = [np.arange(len(row), dtype=np.int32) for row in ids]
+    table = pa.table(
+        {
+            **{
+                name: [np.concatenate([rows[i] for i in block]) for block in blocks]
+                for name, rows in (("input_ids", ids), ("labels", labels), ("position_ids", positions))
+            },
+            "row_ids": [[row_ids[i] for i in block] for block in blocks],
+            "task": [tasks[block[0]] if by_task else "" for block in blocks],
+        }
+    )
+    pq.write_table(table, file)
+    total = sum(map(len, ids))
+    return PackingReport(
+        rows=len(ids),
+        tokens=total,
+        supervised_tokens=total - sum(prompts),
+        blocks=len(blocks),
+        fill=total / (len(blocks) * max_seq_length),
+        truncated=dict(Counter(truncated)),
+        dropped=dict(Counter(dropped)),
+    )
+
+
 def pack(tokenizer: Any, template: Template, rows: Sequence[Row], max_seq_length: int, file: Path) -> PackingReport:
     """Tokenise rows, pack them and write the blocks. Raises DataError where no row is left."""
-    report = PackingReport()
-    kept: list[TokenRow] = []
-    truncated, dropped = Counter[str](), Counter[str]()
-    for row in rows:
-        tokens, cut = token_row(tokenizer, template, row, max_seq_length)
-        if cut:
-            truncated[row.task_dataset] += 1
-        if tokens is None:
-            dropped[row.task_dataset] += 1
-        else:
-            kept.append(tokens)
-    if not kept:
-        raise DataError(f"no row fits into train.max_seq_length={max_seq_length}; make it larger")
-    blocks = first_fit((len(row.input_ids) for row in kept), max_seq_length)
-    columns: dict[str, list[list[Any]]] = {name: [] for name in _SCHEMA.names}
-    for block in blocks:
-        members = [kept[index] for index in block]
-        columns["input_ids"].append([i for row in members for i in row.input_ids])
-        columns["labels"].append([i for row in members for i in row.labels])
-        columns["position_ids"].append([i for row in members for i in range(len(row.input_ids))])
-        columns["row_ids"].append([row.row_id for row in members])
-    pq.write_table(pa.table(columns, schema=_SCHEMA), file)
-    report.rows, report.blocks = len(kept), len(blocks)
-    report.truncated, report.dropped = dict(truncated), dict(dropped)
-    report.tokens = sum(len(row.input_ids) for row in kept)
-    report.supervised_tokens = sum(label != IGNORE for row in kept for label in row.labels)
-    report.fill = report.tokens / (len(blocks) * max_seq_length)
-    return report
+    return write_blocks(tokenise(tokenizer, template, rows, max_seq_length), max_seq_length, file)
 
 
 class PackedBlocks:
@@ -132,34 +173,37 @@ class PackedBlocks:
 
     def __init__(self, file: str | Path) -> None:
         self.table = pq.read_table(file, memory_map=True)
+        self._columns = {name: self.table[name].to_numpy() for name in ("input_ids", "labels", "position_ids")}
+        self.tokens: list[int] = [len(block) for block in self._columns["input_ids"]]
         # Each row's first token is predicted by no one, which is why its label never counts.
-        self.supervised_tokens: list[int] = [
-            sum(label != IGNORE for label in labels) for labels in self.table["labels"].to_pylist()
-        ]
+        self.supervised_tokens: list[int] = [int((block != IGNORE).sum()) for block in self._columns["labels"]]
+        self.tasks: list[str] = self.table["task"].to_pylist()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def row_ids(self, indices: Sequence[int]) -> list[str]:
+        """The rows that stand in some blocks."""
+        return [row for block in self.table["row_ids"].take(pa.array(indices)).to_pylist() for row in block]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Blocks as tensors of shape (len(indices), longest), int64.
 
         The padding at the end is a row of its own: its positions restart at 0, its labels are -100.
         """
-        parts = {name: self.table[name].take(pa.array(indices)).to_pylist() for name in _SCHEMA.names[:3]}
-        longest = max(len(block) for block in parts["input_ids"])
-
-        def padded(name: str, fill: int | None) -> torch.Tensor:
-            rows = []
-            for block in parts[name]:
-                missing = longest - len(block)
-                rows.append([*block, *(range(missing) if fill is None else [fill] * missing)])
-            return torch.tensor(rows)
-
-        return {
-            "input_ids": padded("input_ids", 0),
-            "labels": padded("labels", IGNORE),
-            "position_ids": padded("position_ids", None),
+        longest = max(self.tokens[i] for i in indices)
+        padding = {
+            "input_ids": np.zeros(longest),
+            "labels": np.full(longest, IGNORE),
+            "position_ids": np.arange(longest),
         }
+
+        def padded(name: str) -> torch.Tensor:
+            blocks = [self._columns[name][i] for i in indices]
+            rows = [np.concatenate([b, padding[name][: longest - len(b)]]) for b in blocks]
+            return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+        return {name: padded(name) for name in padding}
 
 
 @lru_cache(maxsize=2)
@@ -176,3 +220,8 @@ def step_blocks(blocks: int, step: int, batch: int, seed: int) -> list[int]:
         epoch, offset = divmod(position, blocks)
         chosen.append(block_order(blocks, epoch, seed)[offset])
     return chosen
+
+
+def micro_batches(chosen: Sequence[int], size: int) -> list[list[int]]:
+    """Blocks in portions of one forward pass, cut before they are dealt out to workers."""
+    return [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]

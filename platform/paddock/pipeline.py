@@ -30,7 +30,7 @@ from paddock.predict import ledger_key, predict, read_test
 from paddock.report import Run, write_report
 from paddock.scoring import parse_predictions, profile_of, score
 from paddock.submission import ARCHIVE, PREDICTIONS, RESULTS
-from paddock.train import check, check_config, train
+from paddock.trainer import check, check_config, train
 
 _HOST = "127.0.0.1"
 

@@ -11,10 +11,13 @@ Region, endpoint and credentials come from the environment, as the store's own t
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,7 +56,7 @@ def workplace(location: str | Path) -> Path:
     """Where a location is written on this machine: itself, or for a URI always the same place in the cache."""
     if not is_uri(location):
         return Path(location)
-    return _cache() / f"work-{_digest(_clean(location))}" / Path(location).name
+    return _cache() / f"work-{digest(_clean(location))}" / Path(location).name
 
 
 def exists(location: str | Path) -> bool:
@@ -62,6 +65,24 @@ def exists(location: str | Path) -> bool:
         return Path(location).exists()
     with _opened(location) as (filesystem, path):
         return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def is_directory(location: str | Path) -> bool:
+    """Whether there is a directory."""
+    if not is_uri(location):
+        return Path(location).is_dir()
+    with _opened(location) as (filesystem, path):
+        return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+
+
+def matches(location: str | Path) -> list[str | Path] | None:
+    """The files that a glob matches, sorted; None where the location is none. At a URI the last name may be one."""
+    if not any(sign in str(location) for sign in "*?[") or exists(location):
+        return None
+    if not is_uri(location):
+        return [Path(name) for name in sorted(glob.glob(str(location), recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+    directory, _, pattern = _clean(location).rpartition("/")
+    return [join(directory, name) for name in sorted(children(directory)) if fnmatch.fnmatchcase(name, pattern)]
 
 
 def children(location: str | Path) -> list[str]:
@@ -110,6 +131,20 @@ def remove(location: str | Path) -> None:
             filesystem.delete_dir(uri_path)
         elif kind != fs.FileType.NotFound:
             filesystem.delete_file(uri_path)
+
+
+def write_text(location: str | Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / Path(location).name
+        source.write_text(text, encoding="utf-8")
+        if is_uri(location):
+            upload(source, location)
+        else:
+            partial = Path(location).with_name(f".{source.name}.partial")
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, partial)
+            partial.replace(location)
 
 
 def upload(source: Path, location: str | Path, *, but: Collection[str] = ()) -> None:
@@ -172,7 +207,7 @@ def fetch(location: str | Path, *, only: Collection[str] | None = None) -> Path:
         if only is not None:
             names = [n for n in names if n in only]
         state = [[name, files[name].size, files[name].mtime_ns] for name in sorted(names)]
-        copy = _cache() / _digest(_clean(location), said.decode(errors="replace"), json.dumps(state))
+        copy = _cache() / digest(_clean(location), said.decode(errors="replace"), json.dumps(state))
         copy = copy / Path(location).name
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_name(f".{copy.name}.partial")
@@ -262,5 +297,6 @@ def _clean(location: str | Path) -> str:
     return str(location).rstrip("/")
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A short name for some texts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
