@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import jobs
 from paddock.benchmark import BenchmarkConfig
+from paddock.benchmark.train import train
 from paddock.errors import ConfigError
 
-COMMANDS = {}
+COMMANDS = {"train": train}
 
 
 def main(config: BenchmarkConfig) -> None:

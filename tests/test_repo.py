@@ -30,8 +30,11 @@ ALLOWED = {
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",
     "journal": "storage",
-    "loss": "packing",
-    "train": "checkpoint cluster config data errors journal lora loss manifest packing prompts storage",
+    "attention": "",
+    "float8": "",
+    "loss": "attention packing",
+    "acceleration": "attention config errors float8 loss",
+    "train": "acceleration checkpoint cluster config data errors journal lora manifest packing prompts storage",
     "train_plan": "config data lora packing prompts train",
     # base and adapters -> a model
     "weights": "errors",
@@ -58,7 +61,7 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission train",
     # measurements, which may look into everything
-    "benchmark": "cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
+    "benchmark": "acceleration cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
     " prompts service storage train weights",
 }
 RAY_EDGES = {"cluster", "service", "train", "merge", "predict", "pipeline", "benchmark"}

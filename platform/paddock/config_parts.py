@@ -174,6 +174,15 @@ class TrainPart(Settings):
     """Steps from one dev loss to the next."""
     logging_steps: How[int] = Field(default=10, ge=1)
     """Steps from one line of metrics to the next."""
+    attn_implementation: How[Literal["sdpa", "varlen"] | None] = None
+    """How rows in a block are kept apart: by a mask, or not computed at all; null takes varlen on a GPU with 16-bit
+    weights."""
+    torch_compile: How[bool | None] = None
+    """Compile each layer; null does on a GPU."""
+    gradient_checkpointing: How[bool | Literal["selective"]] = False
+    """Compute activations again instead of keeping them: slower, for less memory; `selective` keeps the costly ones."""
+    fp8: bool = False
+    """Round the frozen base to 8 bits (e4m3) for products at twice the rate; for GPUs from H100 on, plain LoRA only."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
 

@@ -26,11 +26,11 @@ from torch import nn
 from transformers import get_scheduler, set_seed
 
 from paddock import checkpoint, cluster, lora, manifest, packing, storage
+from paddock.acceleration import adamw, training_module
 from paddock.config import TrainConfig
 from paddock.data import content_hash, read_rows
 from paddock.errors import ConfigError, ModelError, PaddockError
 from paddock.journal import Journal
-from paddock.loss import SupervisedLoss
 from paddock.prompts import load_template
 
 
@@ -163,9 +163,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     resume_from = checkpoint.find_last(run, settings["hashed"], settings["inputs"])
     if resume_from is not None:
         lora.load_weights(peft_model, resume_from)
-    model = ray.train.torch.prepare_model(SupervisedLoss(peft_model))
+    model = ray.train.torch.prepare_model(training_module(peft_model, recipe, ray.train.torch.get_device()))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = adamw(parameters, recipe)
     scheduler = get_scheduler(
         recipe.lr_scheduler_type,
         optimizer,
