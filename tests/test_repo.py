@@ -32,9 +32,10 @@ ALLOWED = {
     "journal": "storage",
     "attention": "",
     "float8": "",
+    "feed": "",
     "loss": "attention packing",
     "acceleration": "attention config errors float8 loss",
-    "train": "acceleration checkpoint cluster config data errors journal lora manifest packing prompts storage",
+    "train": "acceleration checkpoint cluster config data errors feed journal lora manifest packing prompts storage",
     "train_plan": "config data lora packing prompts train",
     # base and adapters -> a model
     "weights": "errors",
@@ -61,8 +62,8 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission train",
     # measurements, which may look into everything
-    "benchmark": "acceleration cluster config config_parts data demo engine errors ledger lora manifest merge packing predict"
-    " prompts service storage train weights",
+    "benchmark": "acceleration cluster config config_parts data demo engine errors feed ledger lora manifest merge"
+    " packing predict prompts service storage train weights",
 }
 RAY_EDGES = {"cluster", "service", "train", "merge", "predict", "pipeline", "benchmark"}
 

@@ -50,13 +50,15 @@ def varlen_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if query.is_cuda:
-        packed = [states[0].transpose(0, 1) for states in (query, key, value)]
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         borders, longest = cu_seq_lens_q, max_length_q
-        attended = varlen_attn(*packed, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0))
+        attended = varlen_attn(
+            query, key, value, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
         assert isinstance(attended, torch.Tensor)
         return attended[None], None
     lengths = cu_seq_lens_q.diff().tolist()
-    rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     each = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in rows]
     return torch.cat(each, dim=2).transpose(1, 2), None
 

@@ -73,6 +73,7 @@ class Float8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As nn.Linear: (..., in_features) -> (..., out_features)."""
         flat = x.reshape(-1, self.in_features)
-        out = _Product.apply(flat, self.weight, self.scale, self.turned, self.turned_scale)
-        assert isinstance(out, torch.Tensor)
+        out: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            flat, self.weight, self.scale, self.turned, self.turned_scale
+        )
         return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], self.out_features)

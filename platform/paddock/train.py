@@ -30,6 +30,7 @@ from paddock.acceleration import adamw, training_module
 from paddock.config import TrainConfig
 from paddock.data import content_hash, read_rows
 from paddock.errors import ConfigError, ModelError, PaddockError
+from paddock.feed import on_device
 from paddock.journal import Journal
 from paddock.prompts import load_template
 
@@ -243,8 +244,7 @@ def _step(
     micro_batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     device = next(model.parameters()).device
     loss_here = 0.0
-    for index, micro_batch in enumerate(micro_batches):
-        tensors = {name: tensor.to(device) for name, tensor in blocks.batch(micro_batch).items()}
+    for index, tensors in enumerate(on_device((blocks.batch(indices) for indices in micro_batches), device)):
         is_last = index == len(micro_batches) - 1
         # DDP exchanges gradients once, in the last backward pass.
         wait = contextlib.nullcontext() if is_last or world == 1 else model.no_sync()  # type: ignore[operator]

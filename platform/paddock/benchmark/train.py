@@ -9,6 +9,7 @@ the same rows in each optimizer step, with the loss divided by the step's superv
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler, set_seed
 
 from paddock import lora
 from paddock.acceleration import adamw, training_module
 from paddock.benchmark import BenchmarkConfig, Record
-from paddock.benchmark.train_rows import TokenRow, make_rows, packed, padded, steps_of
+from paddock.benchmark.train_rows import make_rows, packed, padded, steps_of
 from paddock.config_parts import LoraPart, TrainPart
-from paddock.packing import IGNORE
+from paddock.feed import on_device
+from paddock.packing import IGNORE, TokenRow
 
 Step = list[list[TokenRow]]
 Loss = Callable[[Any], torch.Tensor]
@@ -39,14 +41,14 @@ class TrainBenchmarkConfig(BenchmarkConfig):
     lora: LoraPart = LoraPart()
     """The adapter of both loops."""
     train: TrainPart = TrainPart(
-        learning_rate=5e-4, max_steps=24, max_seq_length=4096, per_device_train_batch_size=4, weight_decay=0.01
+        learning_rate=5e-4, max_steps=20, max_seq_length=4096, per_device_train_batch_size=4, weight_decay=0.01
     )
     """Ours: packed blocks of max_seq_length, per_device_train_batch_size of them a forward pass and a step."""
     longest_row: int = 512
     """Longer rows are cut, as the reference recipe does."""
     plain_batch_sizes: tuple[int, ...] = (2, 4, 8, 16)
     """Rows in a batch of the plain loop; the fastest one that fits is what ours is compared with."""
-    scan_rows: int = 64
+    scan_rows: int = 32
     """Rows that each of those is timed on before."""
     dev_rows: int = 128
     """Rows that both are evaluated on in the end."""
@@ -123,10 +125,10 @@ def plain_scan(config: TrainBenchmarkConfig, device: torch.device, rows: list[To
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         try:
             with peak_memory(device) as peak:
-                plain_loss(model, largest, device, 1).backward()  # warm-up, and whether it fits
+                torch.autograd.backward(plain_loss(model, largest, device, 1))  # warm-up, and whether it fits
                 with timed(device) as seconds:
                     for batch in batches:
-                        plain_loss(model, batch, device, 1).backward()
+                        torch.autograd.backward(plain_loss(model, batch, device, 1))
         except torch.OutOfMemoryError:
             record.add(what="plain, scan", batch_size=size, out_of_memory=True)
             break
@@ -153,7 +155,12 @@ def plain_loss(model: Any, batch: dict[str, torch.Tensor], device: torch.device,
 
 
 def measure_plain(
-    config: TrainBenchmarkConfig, device: torch.device, size: int, steps: list[Step], dev: list[TokenRow], record: Record
+    config: TrainBenchmarkConfig,
+    device: torch.device,
+    size: int,
+    steps: list[Step],
+    dev: list[TokenRow],
+    record: Record,
 ) -> dict[str, Any]:
     model = peft_model(config, device)
     optimizer = adamw(_trainable(model), config.train)
@@ -165,7 +172,7 @@ def measure_plain(
         rows = list(chain.from_iterable(step))
         return (plain_loss(model, batch, device, _supervised(step)) for batch in batches(rows))
 
-    found = run_steps(device, optimizer, losses, steps, config.train.max_grad_norm)
+    found = run_steps(device, optimizer, losses, steps, config.train)
     positions = sum(batch["input_ids"].numel() for step in steps for batch in batches(list(chain.from_iterable(step))))
     model.eval()
     with torch.no_grad():
@@ -192,16 +199,16 @@ def measure_ours(
     optimizer = adamw(_trainable(model), recipe)
     length = recipe.max_seq_length
 
-    def losses(step: Step) -> Iterator[torch.Tensor]:
-        yield model(**{n: t.to(device) for n, t in packed(step, length).items()}) / _supervised(step)
+    feed = on_device((packed(step, length) for step in steps), device)
 
-    found = run_steps(device, optimizer, losses, steps, recipe.max_grad_norm)
+    def losses(step: Step) -> Iterator[torch.Tensor]:
+        yield model(**next(feed)) / _supervised(step)
+
+    found = run_steps(device, optimizer, losses, steps, recipe)
     model.eval()
     with torch.no_grad():
-        blocks = [
-            block for step in steps_of(dev, length, 1) for block in step
-        ]
-        total = sum(model(**{n: t.to(device) for n, t in packed([block], length).items()}).item() for block in blocks)
+        blocks = (packed(step, length) for step in steps_of(dev, length, 1))
+        total = sum(model(**batch).item() for batch in on_device(blocks, device))
     found |= {
         "dev_loss": total / _supervised([dev]),
         "fill": _tokens(steps) / (len(steps) * len(steps[0]) * length),
@@ -215,20 +222,23 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     losses: Callable[[Step], Iterator[torch.Tensor]],
     steps: list[Step],
-    max_grad_norm: float,
+    recipe: TrainPart,
 ) -> dict[str, Any]:
     """Optimizer steps over the micro-batches of each; timed from the third step on, after compilation."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    warmup = math.ceil(recipe.warmup_ratio * len(steps))
+    scheduler = get_scheduler(recipe.lr_scheduler_type, optimizer, warmup, len(steps))
     curve, times = [], []
     with peak_memory(device) as peak:
         for step in steps:
             with timed(device) as seconds:
                 total = 0.0
                 for loss in losses(step):
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(loss)
                     total += loss.item()
-                nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
                 optimizer.step()
+                scheduler.step()
                 optimizer.zero_grad()
             curve.append(round(total, 4))
             times.append(seconds[0])
