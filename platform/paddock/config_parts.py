@@ -182,7 +182,8 @@ class TrainPart(Settings):
     gradient_checkpointing: How[bool | Literal["selective"]] = False
     """Compute activations again instead of keeping them: slower, for less memory; `selective` keeps the costly ones."""
     fp8: bool = False
-    """Round the frozen base to 8 bits (e4m3) for products at twice the rate; for GPUs from H100 on, plain LoRA only."""
+    """Round the base's layers that have an adapter to 8 bits (e4m3), for products at twice the rate; from H100 on, and
+    for plain LoRA only."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
 

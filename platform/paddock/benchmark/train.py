@@ -48,6 +48,8 @@ class TrainBenchmarkConfig(BenchmarkConfig):
     """Longer rows are cut, as the reference recipe does."""
     plain_batch_sizes: tuple[int, ...] = (2, 4, 8, 16)
     """Rows in a batch of the plain loop; the fastest one that fits is what ours is compared with."""
+    plain_autocast: bool = True
+    """The plain loop under autocast, as Trainer(bf16=True) has it; without, PEFT multiplies adapters in float32."""
     scan_rows: int = 32
     """Rows that each of those is timed on before."""
     dev_rows: int = 128
@@ -125,10 +127,10 @@ def plain_scan(config: TrainBenchmarkConfig, device: torch.device, rows: list[To
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         try:
             with peak_memory(device) as peak:
-                torch.autograd.backward(plain_loss(model, largest, device, 1))  # warm-up, and whether it fits
+                torch.autograd.backward(plain_loss(config, model, largest, device, 1))  # warm-up, and whether it fits
                 with timed(device) as seconds:
                     for batch in batches:
-                        torch.autograd.backward(plain_loss(model, batch, device, 1))
+                        torch.autograd.backward(plain_loss(config, model, batch, device, 1))
         except torch.OutOfMemoryError:
             record.add(what="plain, scan", batch_size=size, out_of_memory=True)
             break
@@ -147,9 +149,11 @@ def plain_scan(config: TrainBenchmarkConfig, device: torch.device, rows: list[To
     return max(found, key=lambda size: found[size])
 
 
-def plain_loss(model: Any, batch: dict[str, torch.Tensor], device: torch.device, supervised: int) -> torch.Tensor:
+def plain_loss(
+    config: TrainBenchmarkConfig, model: Any, batch: dict[str, torch.Tensor], device: torch.device, supervised: int
+) -> torch.Tensor:
     """transformers' own loss, token-normalised as Trainer does over accumulated batches."""
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.plain_autocast):
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         return model(**on_device, use_cache=False, num_items_in_batch=supervised).loss  # type: ignore[no-any-return]
 
@@ -170,13 +174,13 @@ def measure_plain(
 
     def losses(step: Step) -> Iterator[torch.Tensor]:
         rows = list(chain.from_iterable(step))
-        return (plain_loss(model, batch, device, _supervised(step)) for batch in batches(rows))
+        return (plain_loss(config, model, batch, device, _supervised(step)) for batch in batches(rows))
 
     found = run_steps(device, optimizer, losses, steps, config.train)
     positions = sum(batch["input_ids"].numel() for step in steps for batch in batches(list(chain.from_iterable(step))))
     model.eval()
     with torch.no_grad():
-        total = sum(plain_loss(model, batch, device, 1).item() for batch in batches(dev))
+        total = sum(plain_loss(config, model, batch, device, 1).item() for batch in batches(dev))
     found |= {
         "dev_loss": total / _supervised([dev]),
         "base_parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
