@@ -31,12 +31,16 @@ ALLOWED = {
     "lora": "config errors manifest storage",
     "checkpoint": "errors manifest storage",
     "journal": "errors storage",
-    "loss": "packing",
+    "loss": "attention packing",
     "gradients": "",
     "dataset": "config data errors lora manifest packing prompts storage",
-    "train": "checkpoint cluster config errors gradients journal lora loss packing storage",
+    "train": "acceleration checkpoint cluster config errors feed gradients journal lora packing storage",
     "trainer": "checkpoint cluster config dataset errors journal lora manifest prompts storage train",
     "train_plan": "config dataset lora storage trainer",
+    "attention": "",
+    "float8": "",
+    "feed": "",
+    "acceleration": "attention config errors float8 loss",
     # base and adapters -> a model
     "weights": "errors",
     "meta_llama": "errors",
@@ -80,9 +84,9 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission trainer",
     # measurements, which may look into everything
-    "benchmark": "clients cluster config config_parts data demo engine errors ledger lora manifest merge"
-    " merge_plan packing predict prompts proof service shard_tasks shards storage train"
-    " weights",
+    "benchmark": "acceleration clients cluster config config_parts data demo engine errors feed ledger"
+    " lora manifest merge merge_plan packing predict prompts proof service shard_tasks shards"
+    " storage train weights",
 }
 RAY_EDGES = set("benchmark clients cluster dataset merge pipeline predict service shard_tasks train trainer".split())
 

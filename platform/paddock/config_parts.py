@@ -213,6 +213,16 @@ class TrainPart(Settings):
     """Where metrics go beside metrics.jsonl; mlflow and wandb have to be installed."""
     disable_tqdm: How[bool | None] = None
     """Lines instead of a progress bar; null draws the bar on a terminal."""
+    attn_implementation: How[Literal["sdpa", "varlen"] | None] = None
+    """How rows in a block are kept apart: by a mask, or not computed at all; null takes varlen on a GPU with 16-bit
+    weights."""
+    torch_compile: How[bool | None] = None
+    """Compile each layer; null does on a GPU."""
+    gradient_checkpointing: How[bool | Literal["selective"]] = False
+    """Compute activations again instead of keeping them: slower, for less memory; `selective` keeps the costly ones."""
+    fp8: bool = False
+    """Round the base's layers that have an adapter to 8 bits (e4m3), for products at twice the rate; from H100 on, and
+    for plain LoRA only."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
 

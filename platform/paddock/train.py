@@ -25,11 +25,12 @@ from torch import nn
 from transformers import get_scheduler, set_seed
 
 from paddock import checkpoint, cluster, lora, packing, storage
+from paddock.acceleration import adamw, training_module
 from paddock.config import TrainConfig
 from paddock.errors import ModelError, ResourceError
+from paddock.feed import on_device
 from paddock.gradients import Step, StepSum, from_rank_0, sum_over_workers
 from paddock.journal import Journal
-from paddock.loss import SupervisedLoss
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,11 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
     # The model, the same on every worker.
     set_seed(recipe.seed)
     peft_model = lora.attach(lora.load_base(config.model), config.lora)
-    model = SupervisedLoss(peft_model).to(ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    model = training_module(peft_model, recipe, device)
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = adamw(parameters, recipe)
     scheduler = get_scheduler(
         recipe.lr_scheduler_type,
         optimizer,
@@ -122,9 +118,11 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
         chosen = packing.step_blocks(len(blocks), done, batch, recipe.seed)
         supervised = sum(blocks.supervised_tokens[b] for b in chosen)
         micro_batches = packing.micro_batches(chosen, recipe.per_device_train_batch_size)
-        for index in range(rank, len(micro_batches), world):
+        mine = range(rank, len(micro_batches), world)
+        batches = on_device((blocks.batch(micro_batches[index]) for index in mine), device)
+        for index, tensors in zip(mine, batches, strict=True):
             checkpoint.seed_micro_batch(recipe.seed, done, index)
-            sums.add(_loss(model, blocks, micro_batches[index]) / supervised)
+            sums.add(model(**tensors) / supervised)
         asked = {"stop": watch.stops(), "save": watch.preempts()} if watch else {}
         step = sums.finish(recipe.max_grad_norm, **asked)
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
