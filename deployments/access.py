@@ -32,7 +32,7 @@ from paddock.usage import CURRENT, Usage
 
 logger = logging.getLogger("ray.serve")
 
-_TO_HANG_UP_S = 0.5
+_TO_HANG_UP_S = 0.1
 OPEN_PATHS = ("/health", "/is_ready")
 _KINDS = {401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError", 429: "RateLimitError"}
 
@@ -91,7 +91,7 @@ class Gate:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun, usage, answer = time.monotonic(), Usage(), _Answer(send)
-        path, key, request_id = scope["path"], None, _request_id(scope)
+        path, key, request_id = _path(scope), None, _request_id(scope)
         CURRENT.set(usage)
         try:
             key = self._caller(scope)
@@ -117,7 +117,8 @@ class Gate:
 
     def _caller(self, scope: Scope) -> ApiKey | None:
         """Whose request this is, None where nobody needs a key. Raises RefusedError."""
-        path, admin = scope["path"], scope["path"] in self._part.admin_routes
+        path = _path(scope)
+        admin = path in self._part.admin_routes
         if not self._keys.required or (path in OPEN_PATHS and not admin):
             return None
         scheme, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -162,20 +163,27 @@ class Gate:
 
     async def _run(self, scope: Scope, connection: _Connection, answer: _Answer) -> None:
         """The app's answer. Raises TimeoutError where it takes too long, and whatever the app raises."""
-        app = self._admin_app if scope["path"] in self._part.admin_routes else self._app
+        app = self._admin_app if _path(scope) in self._part.admin_routes else self._app
         running = asyncio.ensure_future(app(scope, connection.receive, answer))
         try:
-            await asyncio.wait({running}, timeout=self._part.request_timeout_s)
-            if not running.done():
+            ends = {running, connection.left}
+            done, _ = await asyncio.wait(
+                ends, timeout=self._part.request_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
                 raise TimeoutError
-            running.result()
+            if running in done or answer.complete:
+                await running
+            else:
+                answer.status = 499
         finally:
             if not running.done():
-                # vLLM gives up an answer when it hears that the client has left; cancelled, it would go on.
+                # vLLM gives up an answer when it hears that the client has left; merely cancelled, it would go on.
                 answer.muted = True
                 connection.hang_up()
                 await asyncio.wait({running}, timeout=_TO_HANG_UP_S)
                 running.cancel()
+            connection.left.cancel()
 
     def _write(
         self, scope: Scope, request_id: str, key: ApiKey | None, status: int, usage: Usage, begun: float
@@ -185,7 +193,7 @@ class Gate:
             "id": request_id,
             "key": None if key is None else key.name,
             "method": scope["method"],
-            "path": scope["path"][:100],
+            "path": _path(scope)[:100],
             "status": status,
             "model": usage.model,
             "prompt_tokens": usage.prompt_tokens,
@@ -200,7 +208,7 @@ class _Answer:
     """`send`, knowing what was sent."""
 
     def __init__(self, send: Send) -> None:
-        self._send, self.status, self._stream, self._complete = send, 0, False, False
+        self._send, self.status, self._stream, self.complete = send, 0, False, False
         self.muted = False
         """Set when nothing that the app may still say is for the client."""
 
@@ -211,19 +219,24 @@ class _Answer:
             self.status = message["status"]
             self._stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
-            self._complete = not message.get("more_body", False)
+            self.complete = not message.get("more_body", False)
         await self._send(message)
 
     async def fail(self, scope: Scope, status: int, message: str) -> None:
         """Tell the client of a failure, in the stream where one has begun."""
-        response = error_response(scope["path"], status, message)
+        response = error_response(_path(scope), status, message)
         if not self.status:
             self.status = status
             await response(scope, _nothing, self._send)
-        elif not self._complete:
+        elif not self.complete:
             self.status = status
             event = b"data: " + bytes(response.body) + b"\n\n" if self._stream else b""
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _path(scope: Scope) -> str:
+    """The path below the application's route prefix."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 async def _nothing() -> Message:
@@ -231,27 +244,30 @@ async def _nothing() -> Message:
 
 
 class _Connection:
-    """`receive`, with a body that was read already, and for us to hang up."""
+    """`receive`, with a body that was read already; it hears of the client's leaving whether the app listens or not."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
-        self._receive, self._hung_up = receive, asyncio.Event()
+        self._receive, self._over = receive, asyncio.Event()
+        self.left = asyncio.ensure_future(self._watch())
+        """Done when the client has left."""
 
     def hang_up(self) -> None:
         """To the app it is as if the client had left."""
-        self._hung_up.set()
+        self.left.cancel()
+        self._over.set()
 
     async def receive(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        waiting = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._hung_up.wait())]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            return {"type": "http.disconnect"} if self._hung_up.is_set() else waiting[0].result()  # type: ignore[return-value]
-        finally:
-            for future in waiting:
-                future.cancel()
+        await self._over.wait()
+        return {"type": "http.disconnect"}
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._over.set()
 
 
 def _request_id(scope: Scope) -> str:

@@ -10,7 +10,7 @@ answer over HTTP is the one that batch prediction scores. Token ids are built by
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,6 +45,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+# What the engine can hold.
+Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
 class Parameters(_Strict):
     """What a request may say of sampling; what it leaves out is the service's default."""
 
@@ -54,15 +59,15 @@ class Parameters(_Strict):
     """vLLM's beam search. It knows neither penalties nor `top_p`, `top_k`, `stop`, `seed`, ...: a value of theirs that
     is not the service's default is refused."""
     top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    top_k: Count | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
     def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """`Engine.generate`'s sampling: what the request says over the service's defaults."""

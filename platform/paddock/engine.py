@@ -135,6 +135,8 @@ class Engine:
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             engine.setdefault("enforce_eager", True)
+            if engine.get("enable_lora"):
+                engine.setdefault("worker_extension_cls", "paddock.lora_on_cpu.WorkerExtension")
             if engine.get("tensor_parallel_size", 1) == 1:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")
@@ -189,7 +191,7 @@ class Engine:
         from vllm.sampling_params import StructuredOutputsParams
 
         # Newer ones are no longer ValueErrors.
-        refusals = (ValueError, VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError)
+        refusals = (ValueError, OverflowError, VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError)
         values = dict(sampling)
         values = {**PRESETS.get(values.pop("preset", ""), {}), **values}
         beams, best_of = bool(values.pop("use_beam_search", False)), values.pop("best_of", None)
