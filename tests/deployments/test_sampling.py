@@ -44,9 +44,8 @@ def test_structured_outputs_are_what_was_asked_for(client: openai.OpenAI) -> Non
 
     assert said(choice=["是的", "不是"]) in ("是的", "不是")
     assert re.fullmatch("[0-9]{3}号", said(regex="[0-9]{3}号"))
-    schema = {"type": "object", "properties": {"发热": {"type": "boolean"}}, "required": ["发热"]}
-    schema["additionalProperties"] = False
-    assert json.loads(said(json=schema)).keys() == {"发热"}
+    # A string: inside an object a model that knows no JSON may go on with white space for ever.
+    assert json.loads(said(json={"type": "string", "enum": ["发热", "咳嗽"]})) in ("发热", "咳嗽")
 
 
 def test_logprobs_and_several_answers(client: openai.OpenAI) -> None:
