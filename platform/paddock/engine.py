@@ -150,6 +150,7 @@ class Engine:
         take_over_text(self._llm.renderer, template)
         self._llm.generate = counted(self._llm.generate, self.served_model_name)
         self._adapters: dict[str, Any] = {}
+        self._loaded: set[str] = set()
         self._numbers = itertools.count(1)
         self._loading = asyncio.Lock()
         self._openai_app: Any = None
@@ -242,16 +243,17 @@ class Engine:
         if self.adapters is None:
             raise UnknownAdapterError(f"the model {model[:100]!r} does not exist; {self.served_model_name!r} is served")
         directory = str(await asyncio.to_thread(self.adapters.open, name))
-        if directory not in self._adapters:
+        request = self._lora_request(directory, name)
+        # One that vLLM has not yet taken must not reach its scheduler: failing to load there ends the engine.
+        if directory not in self._loaded:
             async with self._loading:
-                if directory not in self._adapters:
-                    request = self._lora_request(directory, name)
-                    try:
+                try:
+                    if directory not in self._loaded:
                         await self._llm.add_lora(request)
-                    except Exception as error:
-                        del self._adapters[directory]
-                        raise ModelError(f"adapter {name!r}: vLLM refuses it: {_line(error)}") from None
-        return self._adapters[directory]
+                except Exception as error:
+                    raise ModelError(f"adapter {name!r}: vLLM refuses it: {_line(error)}") from None
+                self._loaded.add(directory)
+        return request
 
     def _lora_request(self, adapter: str, name: str | None = None) -> Any:
         """vLLM's name for an adapter: a number of its own within this engine."""
