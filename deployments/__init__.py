@@ -15,9 +15,11 @@ import ray
 import torch
 from pydantic import ValidationError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 import paddock
+from deployments import keys
+from deployments.limits import Limits
 from deployments.llm import LLM
 from paddock import cluster
 from paddock.config import ServeConfig, build, load, nearest
@@ -53,17 +55,21 @@ def application(config: ServeConfig) -> Application:
     template = load_template(config.prompt.template)
     if config.engine:
         check_engine_args(config.engine)
+    known = keys.from_environment()
+    asked = keys.KeyRing(known, config.access.keys).required
+    limits: Any = Limits
     deployment: Any = LLM
     return deployment.options(
         autoscaling_config=autoscaling(config.autoscaling),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=config.access.retry_after_s),
         ray_actor_options=actor_options(config),
         # A replica that did not start with this config and model will not do so the next time either.
         max_constructor_retry_count=1,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
-    ).bind(config, template)
+    ).bind(config, template, known, limits.bind() if asked else None)
 
 
 def autoscaling(values: Mapping[str, Any]) -> AutoscalingConfig:

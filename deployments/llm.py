@@ -1,7 +1,9 @@
 """The Serve deployment: one vLLM engine a replica, our routes before vLLM's own OpenAI app.
 
     HTTP     POST /generate, GET /is_ready            the reference endpoint (reference.py)
-             /v1/models, /v1/completions, ...         vLLM's app, handed the request as it came
+             GET /v1/models                           what can be asked for (models.py)
+             /v1/completions, ...                     vLLM's app, handed the request as it came
+             all of them behind keys and limits       access.py
     handle   generate(prompt_token_ids, sampling, request_id, ...), describe()
 
 A route of vLLM that is not listed here is closed, its administrative ones among them.
@@ -10,16 +12,21 @@ A route of vLLM that is not listed here is closed, its administrative ones among
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments import reference
+from deployments import models, reference
+from deployments.access import Gate, error_response, logger
+from deployments.keys import ApiKey, KeyRing
 from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.engine import Engine, sampling_params
@@ -31,10 +38,45 @@ http = FastAPI(title="Paddock", docs_url=None, redoc_url=None)
 @http.exception_handler(HTTPException)
 async def as_openai_error(request: Request, error: HTTPException) -> JSONResponse:
     """What a client of the OpenAI API expects of a path or method that is not there."""
-    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    body = {"message": message, "type": kind, "param": None, "code": error.status_code}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    return error_response("", error.status_code, message, error.headers)
+
+
+class Access:
+    """Puts the replica's gate around its routes: Serve makes the app before the replica, and its config, are there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.gate: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if self.gate is None:
+            self.gate = serve.get_replica_context().servable_object.gate(self.app)
+        await self.gate(scope, receive, send)
+
+
+http.add_middleware(Access)
+
+
+class SharedLimits:
+    """`limits.Limits` as the gate asks it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def admit(self, key: ApiKey) -> float:
+        """Where nobody counts, callers are let in: a limit protects the service, and queues are bounded anyway."""
+        try:
+            return float(await asyncio.wait_for(self._handle.admit.remote(key), timeout=5))
+        except Exception as error:
+            logger.error("the limits of key %r were not asked: %s", key.name, error)
+            return 0.0
+
+    def spend(self, key: ApiKey, tokens: int) -> None:
+        self._handle.spend.remote(key, tokens)
 
 
 class Forward(Response):
@@ -53,17 +95,32 @@ class Forward(Response):
 class LLM:
     """One replica: an engine, its HTTP routes and its handle."""
 
-    async def __init__(self, config: ServeConfig, template: Template) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: ServeConfig,
+        template: Template,
+        keys: Sequence[ApiKey] = (),
+        limits: DeploymentHandle | None = None,
+    ) -> None:
+        """keys: those of the environment. limits: of `limits.Limits`, where keys are asked for."""
         self.config = config
         self.template = template
+        self.keys = KeyRing(keys, config.access.keys)
+        self.limits = None if limits is None else SharedLimits(limits)
         self.sampling = sampling_params(config.sampling)
+        if config.access.admin_routes:
+            os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # else vLLM has them not
         self.engine = Engine(config, template)
         self.openai_app = await self.engine.openai_app()
         self.model_hash: str | None = None
 
+    def gate(self, app: ASGIApp) -> Gate:
+        return Gate(app, self.config.access, self.keys, self.limits, self.openai_app)
+
     @http.post("/generate")
     async def generate_http(self, request: Request) -> Response:
-        return await reference.generate(self.engine, self.template, self.sampling, await request.body())
+        request_id = f"generate-{request.headers['x-request-id']}"
+        return await reference.generate(self.engine, self.template, self.sampling, await request.body(), request_id)
 
     @http.get("/is_ready")
     async def is_ready(self) -> bool:
@@ -74,6 +131,10 @@ class LLM:
         return True
 
     @http.get("/v1/models")
+    async def models(self) -> dict[str, Any]:
+        cards = await asyncio.to_thread(lambda: list(models.cards(self.engine, self.config.model)))
+        return {"object": "list", "data": cards}
+
     @http.post("/v1/completions")
     @http.post("/v1/chat/completions")
     @http.post("/tokenize")

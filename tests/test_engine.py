@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from paddock import engine, prompts
+from paddock import engine
 from paddock.config import SamplingPart
-from paddock.errors import ConfigError, ModelError, OutputError, ServiceError
-
-TEMPLATE = prompts.load_template("promptcblue")
-ALPACA = prompts.load_template("alpaca")
+from paddock.errors import ConfigError, ModelError, OutputError
 
 
 def test_a_misspelt_engine_argument_is_answered_with_the_nearest() -> None:
@@ -85,47 +80,3 @@ def test_a_foreign_model_is_taken_and_one_of_ours_must_be_whole(assets: Path, co
     (ours / "model.safetensors").unlink()
     with pytest.raises(OutputError, match=r"model\.safetensors: is missing"):
         engine.check_model(ours)
-
-
-def test_an_instruction_needs_a_slot_and_a_request_some_text() -> None:
-    assert engine.request_row(ALPACA, "译", "发热").instruction == "译"
-    with pytest.raises(ValueError, match="no slot for an instruction"):
-        engine.request_row(TEMPLATE, "译", "发热")
-    with pytest.raises(ValueError, match="empty"):
-        engine.request_row(TEMPLATE, " ", "\n")
-    with pytest.raises(ValueError, match="surrogate"):
-        engine.request_row(TEMPLATE, "", "\ud800")
-
-
-def test_a_chat_of_one_turn_is_the_row_that_it_was_trained_as() -> None:
-    user = {"role": "user", "content": [{"type": "text", "text": "发"}, {"type": "text", "text": "热"}]}
-    assert engine._chat_row(TEMPLATE, [user]).input == "发热"
-    row = engine._chat_row(ALPACA, [{"role": "system", "content": "译"}, user])
-    assert (row.instruction, row.input) == ("译", "发热")
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-        [{"role": "user", "content": None}],
-    ],
-)
-def test_any_other_conversation_is_refused(messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match="messages: "):
-        engine._chat_row(TEMPLATE, messages)
-
-
-def test_a_vllm_that_would_read_control_tokens_from_text_is_refused(assets: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets / "base")
-
-    class Renderer(SimpleNamespace):
-        """A later vLLM's, which no longer calls what we replace."""
-
-        def render_cmpl(self, given: list[dict[str, str]]) -> list[dict[str, list[int]]]:
-            return [{"prompt_token_ids": tokenizer(p["prompt"])["input_ids"]} for p in given]
-
-    with pytest.raises(ServiceError, match="control tokens"):
-        engine._take_over_text(Renderer(get_tokenizer=lambda: tokenizer), TEMPLATE)

@@ -274,6 +274,25 @@ class ShardPart(Settings):
     """Memory that this process and its tasks may take together."""
 
 
+class AccessPart(Settings):
+    """Who may call the service over HTTP, and how much (`deployments/access.py`)."""
+
+    keys: How[Location | None] = None
+    """A YAML file of API keys, read again when it changes; with none, here or in PADDOCK_API_KEYS, all may call."""
+    allowed_origins: How[Annotated[tuple[str, ...], Split]] = ()
+    """Web sites whose pages may call, such as `https://clinic.example`; `*` is any."""
+    admin_routes: How[Annotated[tuple[str, ...], Split]] = ()
+    """Administrative routes of vLLM that are open, such as `/load`; where there are keys, to those with `admin`."""
+    max_body_bytes: How[int] = Field(default=4 * 2**20, ge=1)
+    """The largest body of a request; a larger one is answered 413."""
+    request_timeout_s: How[float] = Field(default=600, gt=0)
+    """How long an answer may take, streamed to its end."""
+    retry_after_s: How[int] = Field(default=1, ge=0)
+    """What `Retry-After` says where all replicas and their queues are full."""
+    request_log: How[Location | None] = None
+    """A file that gets one JSON line a request, without its text; null writes them to Serve's own log."""
+
+
 class ServePart(Settings):
     """The deployment around vLLM."""
 
@@ -293,6 +312,9 @@ class ServePart(Settings):
     """What Ray reserves for a replica, such as `{num_cpus: 1}`; GPUs follow tensor_parallel_size."""
     sampling: SamplingPart = Field(default_factory=lambda: SamplingPart(preset="reference"))
     """What `/generate` uses where a request does not say."""
+    adapters: Location | None = None
+    """A directory of LoRA adapter directories; requests name one as `model`. `engine.max_loras` serve at a time."""
+    access: AccessPart = AccessPart()
     startup_timeout_s: float = Field(default=900, gt=0)
     """How long the first replica may take to be ready."""
 

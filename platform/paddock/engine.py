@@ -1,19 +1,15 @@
-"""vLLM behind one door: engine, sampling, and vLLM's own OpenAI app. No other module imports vLLM.
+"""vLLM behind one door: engine, sampling, and (openai_app.py, rendering.py) vLLM's own OpenAI app over it.
 
 vLLM is imported when something here is called, not with this module: it takes 5 s and 700 MB, and who only
-checks a model directory or names a request's row needs none of it.
-
-Text never becomes a control token: `Engine` takes over vLLM's way from text to ids, so that a string prompt,
-a chat and `/tokenize` go through `prompts.py` like training and batch do, and refuses to start where a vLLM
-version does not let it.
+checks a model directory or names a request's row needs none of it. No other module imports vLLM.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,10 +18,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from paddock import manifest, prompts, storage
+from paddock import manifest, openai_app, prompts, storage
+from paddock.adapters import AdapterDirectory, UnknownAdapterError
 from paddock.config import SamplingPart, ServeConfig, nearest
-from paddock.data import Row
 from paddock.errors import ConfigError, ModelError, ServiceError
+from paddock.rendering import take_over_text
+from paddock.usage import counted
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +40,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 # Below this every vLLM means greedy; a newer one raises it to 0.01 first, which draws at near-ties.
 _GREEDY_TEMPERATURE = 1e-5
+_BEAMS = 4  # as many as Hugging Face's examples take
 # What is set by the configuration's own keys, or by Engine itself.
 _OWN_ARGUMENTS = {"model": "model", "served_model_name": "served_model_name", "tokenizer": "model"}
 # Read when vLLM or huggingface_hub is imported; models come from directories only.
@@ -110,16 +109,6 @@ def preset(part: SamplingPart) -> dict[str, Any]:
     return {**PRESETS[part.preset], **(part.model_extra or {})}
 
 
-def request_row(template: prompts.Template, instruction: str, text: str) -> Row:
-    """The row that a request asks about. Raises ValueError where the template cannot hold it."""
-    if instruction.strip() and not template.takes_instruction:
-        raise ValueError("the served prompt template has no slot for an instruction; put it into the input")
-    if not instruction.strip() and not text.strip():
-        raise ValueError("the input is empty")
-    _check_text(instruction + text)
-    return Row(input=text, instruction=instruction)
-
-
 class Engine:
     """One vLLM engine: a model in the memory of this process and of those that it starts.
 
@@ -140,10 +129,15 @@ class Engine:
 
         self.served_model_name = config.served_model_name or Path(config.model).name
         engine = dict(config.engine)
+        self.adapters = AdapterDirectory(config.adapters, model) if config.adapters else None
+        if self.adapters is not None:
+            engine["enable_lora"] = True
         if current_platform.is_cpu():
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             engine.setdefault("enforce_eager", True)
+            if engine.get("enable_lora"):
+                engine.setdefault("worker_extension_cls", "paddock.lora_on_cpu.WorkerExtension")
             if engine.get("tensor_parallel_size", 1) == 1:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")
@@ -155,8 +149,13 @@ class Engine:
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=self._args.disable_log_stats)
         except Exception as error:
             raise ServiceError(f"{config.model}: vLLM did not start: {_line(error)}; its log says why") from error
-        _take_over_text(self._llm.renderer, template)
-        self._adapters: dict[str, int] = {}
+        take_over_text(self._llm.renderer, template)
+        self._llm.generate = counted(self._llm.generate, self.served_model_name)
+        self._adapters: dict[str, Any] = {}
+        self._loaded: set[str] = set()
+        self._numbers = itertools.count(1)
+        self._loading = asyncio.Lock()
+        self._openai_app: Any = None
 
     @property
     def tokenizer(self) -> Any:
@@ -181,7 +180,9 @@ class Engine:
         adapter: str | None = None,
         choices: Sequence[str] | None = None,
     ) -> Generation:
-        """Answer one prompt. `sampling` is what `sampling_params` returns, or a SamplingPart's plain values.
+        """Answer one prompt. `sampling` is what `sampling_params` returns, or a SamplingPart's plain values; beside
+        vLLM's parameters it may have `best_of` (answers drawn, of which the likeliest is returned) and
+        `use_beam_search` (`best_of` beams, or 4).
 
         `adapter` is the directory of a LoRA adapter, for an engine with `enable_lora`; `choices` are the only
         texts that may come out.
@@ -193,10 +194,13 @@ class Engine:
         from vllm.sampling_params import StructuredOutputsParams
 
         # Newer ones are no longer ValueErrors.
-        refusals = (ValueError, VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError)
+        refusals = (ValueError, OverflowError, VLLMNotFoundError, VLLMUnprocessableEntityError, VLLMValidationError)
         values = dict(sampling)
         values = {**PRESETS.get(values.pop("preset", ""), {}), **values}
+        beams, best_of = bool(values.pop("use_beam_search", False)), values.pop("best_of", None)
         params = _vllm_sampling(values)
+        if best_of is not None and params.temperature > 0:  # greedy ones would all be the same
+            params.n, params.logprobs = best_of, params.logprobs or 0
         if choices is not None:
             params.structured_outputs = StructuredOutputsParams(choice=list(choices))
         lora = self._lora_request(adapter) if adapter is not None else None
@@ -204,15 +208,20 @@ class Engine:
         try:
             renderer = self._llm.renderer
             (prompt,) = await renderer.render_cmpl_async([{"prompt_token_ids": list(prompt_token_ids)}])
-            async for output in self._llm.generate(prompt, params, request_id, lora_request=lora):
-                final = output
+            if beams:
+                width = best_of or _BEAMS
+                final = await openai_app.beam_search(self._openai_app, prompt, values, width, request_id, lora)
+            else:
+                async for output in self._llm.generate(prompt, params, request_id, lora_request=lora):
+                    final = output
         except refusals as error:
             raise ValueError(_line(error)) from None
         except Exception as error:
             raise ServiceError(f"request {request_id}: {_line(error)}") from error
         if final is None or not final.finished:
             raise ServiceError(f"request {request_id}: the engine stopped before the answer was complete")
-        answer = final.outputs[0]
+        # Beams come in the order of their merit, drawn answers in the order of drawing.
+        answer = final.outputs[0] if beams else max(final.outputs, key=lambda said: said.cumulative_logprob or 0.0)
         return Generation(
             text=answer.text,
             token_ids=list(answer.token_ids),
@@ -220,29 +229,55 @@ class Engine:
             finish_reason=str(answer.finish_reason),
         )
 
-    def _lora_request(self, adapter: str) -> Any:
+    async def find_adapter(self, model: str | None) -> str | None:
+        """The directory (for `generate`) of the adapter that a request's `model` names; None for the base.
+
+        `NAME` or `base:NAME`, looked up anew and loaded where it is new. Raises UnknownAdapterError, or ModelError
+        that says what is wrong with the adapter.
+        """
+        found = await self._find(model)
+        return None if found is None else str(found.lora_path)
+
+    async def _find(self, model: str | None) -> Any:
+        if not model or model == self.served_model_name:
+            return None
+        name = model.removeprefix(f"{self.served_model_name}:")
+        if self.adapters is None:
+            raise UnknownAdapterError(f"the model {model[:100]!r} does not exist; {self.served_model_name!r} is served")
+        directory = str(await asyncio.to_thread(self.adapters.open, name))
+        request = self._lora_request(directory, name)
+        # One that vLLM has not yet taken must not reach its scheduler: failing to load there ends the engine.
+        if directory not in self._loaded:
+            async with self._loading:
+                try:
+                    if directory not in self._loaded:
+                        await self._llm.add_lora(request)
+                except Exception as error:
+                    raise ModelError(f"adapter {name!r}: vLLM refuses it: {_line(error)}") from None
+                self._loaded.add(directory)
+        return request
+
+    def _lora_request(self, adapter: str, name: str | None = None) -> Any:
         """vLLM's name for an adapter: a number of its own within this engine."""
         from vllm.lora.request import LoRARequest
 
         if not self._args.enable_lora:
             raise ValueError(f"{adapter}: this engine serves no adapters; start it with enable_lora")
-        number = self._adapters.setdefault(adapter, len(self._adapters) + 1)
-        return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(storage.fetch(adapter)))
+        if adapter not in self._adapters:
+            number, path = next(self._numbers), str(storage.fetch(adapter))
+            self._adapters[adapter] = LoRARequest(lora_name=name or adapter, lora_int_id=number, lora_path=path)
+        return self._adapters[adapter]
 
     async def openai_app(self) -> Any:
         """vLLM's own FastAPI app on this engine: `/v1/*`, `/tokenize`, `/health`, `/metrics` and more.
 
         All its routes are there, administrative ones too: who serves it chooses which to open.
         """
-        build_app, init_app_state, make_arg_parser, argument_parser = _entrypoints()
-        defaults = vars(make_arg_parser(argument_parser()).parse_args([]))
-        args = Namespace(**{**defaults, **vars(self._args)})
-        args.served_model_name = [self.served_model_name]
-        args.allowed_origins = []  # vLLM's default lets every web site call
-        tasks = await self._llm.get_supported_tasks()
-        app = build_app(args, tasks, self._llm.model_config)
-        await init_app_state(self._llm, app.state, args, tasks)
-        return app
+        if self._openai_app is None:
+            self._openai_app = await openai_app.build(self._llm, self._args, self.served_model_name)
+            if self.adapters is not None:
+                openai_app.open_adapters(self._openai_app, self._find)
+        return self._openai_app
 
     async def check_health(self) -> None:
         """Raise ServiceError where the engine is dead."""
@@ -254,6 +289,8 @@ class Engine:
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()
+        if self.adapters is not None:
+            self.adapters.close()
 
 
 def _vllm_sampling(values: Mapping[str, Any]) -> Any:
@@ -278,86 +315,6 @@ def _vllm_sampling(values: Mapping[str, Any]) -> Any:
         raise ValueError(_line(error)) from None
     params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
-
-
-def _take_over_text(renderer: Any, template: prompts.Template) -> None:
-    """Let vLLM's renderer turn text and messages into ids by `prompts.py`. Raises ServiceError where it cannot.
-
-    Everything of vLLM's app that reads text goes through these four methods.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    def tokenize(prompt: Mapping[str, Any], params: Any) -> dict[str, Any]:
-        try:
-            _check_text(prompt["prompt"])
-        except ValueError as error:
-            raise VLLMValidationError(str(error)) from None
-        ids = prompts.encode(renderer.get_tokenizer(), prompt["prompt"])
-        return {**prompt, "prompt_token_ids": ids if params.add_special_tokens else ids[1:]}
-
-    async def tokenize_async(prompt: Mapping[str, Any], params: Any) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenize, prompt, params)
-
-    def render(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
-        try:
-            if params.chat_template_kwargs.get("tools"):
-                raise ValueError("tools: the served model was not trained with any")
-            row = _chat_row(template, messages)
-        except ValueError as error:
-            raise VLLMValidationError(str(error)) from None
-        ids = prompts.prompt_ids(renderer.get_tokenizer(), template, row)
-        return [dict(message) for message in messages], {"prompt_token_ids": ids}
-
-    async def render_async(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
-        return await asyncio.to_thread(render, messages, params)
-
-    renderer._tokenize_prompt, renderer._tokenize_prompt_async = tokenize, tokenize_async
-    renderer.render_messages, renderer.render_messages_async = render, render_async
-
-    probe = f"{template.text}<s>x</s>"
-    (rendered,) = renderer.render_cmpl([{"prompt": probe}])
-    if list(rendered["prompt_token_ids"]) != prompts.encode(renderer.get_tokenizer(), probe):
-        raise ServiceError("this version of vLLM reads control tokens from a user's text, and would not let us stop it")
-
-
-def _chat_row(template: prompts.Template, messages: Sequence[Mapping[str, Any]]) -> Row:
-    """One turn of chat as the row that it was trained as. Raises ValueError for any other conversation."""
-    roles = [str(message.get("role")) for message in messages]
-    if roles not in (["user"], ["system", "user"]):
-        raise ValueError(f"messages: one turn is served, a user's, after a system's or none; found {', '.join(roles)}")
-    system, user = (["", *(_message_text(message) for message in messages)])[-2:]
-    return request_row(template, system, user)
-
-
-def _message_text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    texts = [part.get("text") for part in content or [] if isinstance(part, Mapping) and part.get("type") == "text"]
-    if not content or len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("messages: content is a text, or a list of parts of type text")
-    return "".join(map(str, texts))
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("the text has half a surrogate pair, which no tokenizer can read") from None
-
-
-def _entrypoints() -> tuple[Any, Any, Any, Any]:
-    """build_app, init_app_state, make_arg_parser and the parser's class, wherever this vLLM has them."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    try:
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # before 0.30
-        from vllm.entrypoints.openai.api_server import build_app, init_app_state
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-    return build_app, init_app_state, make_arg_parser, FlexibleArgumentParser
 
 
 @contextmanager

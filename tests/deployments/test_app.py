@@ -36,7 +36,9 @@ def test_a_command_line_becomes_the_deployment(assets: Path) -> None:
             }
         )
     )
-    config, template = deployment.init_args
+    config, template, keys, limits = deployment.init_args
+    assert (keys, limits) == ((), None)
+    assert deployment._deployment_config.backpressure_config.status_code == 429
     assert config.engine == {"max_model_len": 512}
     assert "{input}" in template.text
     assert deployment.name == "LLM"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from deployments import reference
 from paddock import prompts
+from paddock.adapters import UnknownAdapterError
 from paddock.config import SamplingPart
 from paddock.data import Row
 from paddock.engine import Generation, sampling_params
@@ -31,8 +32,16 @@ class Recorder:
         self.error = error
         self.asked: list[tuple[list[int], dict[str, Any]]] = []
 
-    async def generate(self, prompt_token_ids: list[int], sampling: Mapping[str, Any], request_id: str) -> Generation:
-        assert request_id
+    async def find_adapter(self, model: str | None) -> str | None:
+        if model == "nope":
+            raise UnknownAdapterError("there is no adapter 'nope'")
+        return model
+
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: Mapping[str, Any], request_id: str, *, adapter: str | None
+    ) -> Generation:
+        assert request_id == "generate-7"
+        self.adapter = adapter
         if self.error is not None:
             raise self.error
         self.asked.append((prompt_token_ids, dict(sampling)))
@@ -48,7 +57,7 @@ def post(
     recorder: Recorder, body: Any, template: prompts.Template = TEMPLATE, *, raw: bool = False
 ) -> tuple[int, dict[str, Any]]:
     content = body if raw else json.dumps(body).encode()
-    response = asyncio.run(reference.generate(recorder, template, DEFAULTS, content))
+    response = asyncio.run(reference.generate(recorder, template, DEFAULTS, content, "generate-7"))
     return response.status_code, json.loads(bytes(response.body))
 
 
@@ -79,7 +88,28 @@ def test_parameters_win_over_the_defaults(tokenizer: Any) -> None:
     recorder = Recorder(tokenizer)
     said = {"max_tokens": 8, "temperature": 0.0, "stop": ["。"], "best_of": 1, "use_beam_search": False, "seed": 3}
     assert post(recorder, {"input": "x", "parameters": said})[0] == 200
-    assert recorder.asked[0][1] == {**DEFAULTS, "max_tokens": 8, "temperature": 0.0, "stop": ["。"], "seed": 3}
+    assert recorder.asked[0][1] == {**DEFAULTS, **said}
+
+
+def test_beam_search_is_not_told_of_defaults_that_it_does_not_know(tokenizer: Any) -> None:
+    recorder = Recorder(tokenizer)
+    repeated = {**DEFAULTS, "use_beam_search": True, "best_of": 3, "max_tokens": 8}
+    for parameters in (repeated, {"use_beam_search": True, "best_of": 3, "max_tokens": 8}):
+        assert post(recorder, {"input": "x", "parameters": parameters})[0] == 200
+        asked = recorder.asked.pop()[1]
+        assert asked == {"max_tokens": 8, "temperature": 0.0, "use_beam_search": True, "best_of": 3}
+    assert post(recorder, {"input": "x", "parameters": {**repeated, "presence_penalty": 1.0}})[0] == 200
+    assert recorder.asked[0][1]["presence_penalty"] == 1.0  # which the engine refuses
+
+
+def test_a_model_is_an_adapters_name(tokenizer: Any) -> None:
+    recorder = Recorder(tokenizer)
+    assert post(recorder, {"input": "x"})[0] == 200
+    assert recorder.adapter is None
+    assert post(recorder, {"input": "x", "model": "a"})[0] == 200
+    assert recorder.adapter == "a"
+    status, body = post(recorder, {"input": "x", "model": "nope"})
+    assert (status, body["error"]) == (404, "there is no adapter 'nope'")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +117,9 @@ def test_parameters_win_over_the_defaults(tokenizer: Any) -> None:
     [
         ({"input": "x", "inputs": "y"}, "inputs: unknown key"),
         ({"input": "x", "parameters": {"top_q": 1}}, "parameters.top_q: unknown key"),
-        ({"input": "x", "parameters": {"use_beam_search": True}}, "beam search is not served"),
-        ({"input": "x", "parameters": {"best_of": 4}}, "best_of: only 1"),
+        ({"input": "x", "parameters": {"best_of": 0}}, "parameters.best_of: "),
+        ({"input": "x", "parameters": {"best_of": 21}}, "parameters.best_of: "),
+        ({"input": "x", "model": 3}, "model: "),
         ({"input": "x", "parameters": {"max_tokens": "y"}}, "parameters.max_tokens: "),
         ({"input": 3}, "input: "),
         ({"instruction": "译", "input": "x"}, "no slot for an instruction"),

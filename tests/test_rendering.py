@@ -1,0 +1,60 @@
+"""Requests as ids, in and out of vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from paddock import prompts, rendering
+from paddock.errors import ServiceError
+
+TEMPLATE = prompts.load_template("promptcblue")
+ALPACA = prompts.load_template("alpaca")
+
+
+def test_an_instruction_needs_a_slot_and_a_request_some_text() -> None:
+    assert rendering.request_row(ALPACA, "译", "发热").instruction == "译"
+    with pytest.raises(ValueError, match="no slot for an instruction"):
+        rendering.request_row(TEMPLATE, "译", "发热")
+    with pytest.raises(ValueError, match="empty"):
+        rendering.request_row(TEMPLATE, " ", "\n")
+    with pytest.raises(ValueError, match="surrogate"):
+        rendering.request_row(TEMPLATE, "", "\ud800")
+
+
+def test_a_chat_of_one_turn_is_the_row_that_it_was_trained_as() -> None:
+    user = {"role": "user", "content": [{"type": "text", "text": "发"}, {"type": "text", "text": "热"}]}
+    assert rendering.chat_row(TEMPLATE, [user]).input == "发热"
+    row = rendering.chat_row(ALPACA, [{"role": "system", "content": "译"}, user])
+    assert (row.instruction, row.input) == ("译", "发热")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": None}],
+    ],
+)
+def test_any_other_conversation_is_refused(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="messages: "):
+        rendering.chat_row(TEMPLATE, messages)
+
+
+def test_a_vllm_that_would_read_control_tokens_from_text_is_refused(assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets / "base")
+
+    class Renderer(SimpleNamespace):
+        """A later vLLM's, which no longer calls what we replace."""
+
+        def render_cmpl(self, given: list[dict[str, str]]) -> list[dict[str, list[int]]]:
+            return [{"prompt_token_ids": tokenizer(p["prompt"])["input_ids"]} for p in given]
+
+    with pytest.raises(ServiceError, match="control tokens"):
+        rendering.take_over_text(Renderer(get_tokenizer=lambda: tokenizer), TEMPLATE)
