@@ -125,7 +125,7 @@ def train_tree(demo_tree: dict[str, Any], base_model: Path, assets: Path, tmp_pa
     demo_tree["data"] = {"train": str(assets / "data" / "train.json"), "dev": str(assets / "data" / "dev.json")}
     demo_tree["lora"] = {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
     demo_tree["train"] |= {"max_seq_length": 512, "max_steps": 4, "save_steps": 2, "eval_steps": 4, "logging_steps": 1}
-    demo_tree["scaling"]["resources_per_worker"] = {"CPU": 0.5}
+    demo_tree["scaling"]["resources_per_worker"] = {"CPU": 0.25}
     return demo_tree
 
 
