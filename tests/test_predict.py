@@ -103,7 +103,10 @@ class Recorder:
         self.tokenizer = tokenizer
         self.given: list[list[int]] = []
 
-    async def generate(self, ids: list[int], *_: Any) -> Generation:
+    async def find_adapter(self, model: str | None) -> None:
+        return None
+
+    async def generate(self, ids: list[int], *_: Any, **more: Any) -> Generation:
         self.given.append(list(ids))
         return Generation(text="x\n", token_ids=[5], prompt_token_ids=list(ids), finish_reason="stop")
 
@@ -156,7 +159,7 @@ def test_training_batch_and_http_give_the_same_token_ids(
     http = Recorder(lora.load_tokenizer(base_model))
     for row in rows:
         body = json.dumps({"input": row.input, "parameters": {}}).encode()
-        answer = asyncio.run(reference.generate(http, template, {}, body))
+        answer = asyncio.run(reference.generate(http, template, {}, body, "id"))
         assert answer.status_code == 200
     expected = [trained[row.sample_id] for row in rows]
     assert batch.given == expected
