@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paddock import prompts
 from paddock.adapters import UnknownAdapterError
 from paddock.engine import Generation
+from paddock.engine.rendering import request_row
 from paddock.errors import ModelError, ServiceError
-from paddock.rendering import request_row
 
 
 class GenerationEngine(Protocol):

@@ -18,11 +18,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from paddock import manifest, openai_app, prompts, storage
+from paddock import manifest, prompts, storage
 from paddock.adapters import AdapterDirectory, UnknownAdapterError
 from paddock.config import SamplingPart, ServeConfig, nearest
+from paddock.engine import openai_app
+from paddock.engine.rendering import take_over_text
 from paddock.errors import ConfigError, ModelError, ServiceError
-from paddock.rendering import take_over_text
 from paddock.usage import counted
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Engine:
                 os.environ.setdefault(name, value)
             engine.setdefault("enforce_eager", True)
             if engine.get("enable_lora"):
-                engine.setdefault("worker_extension_cls", "paddock.lora_on_cpu.WorkerExtension")
+                engine.setdefault("worker_extension_cls", "paddock.engine.lora_on_cpu.WorkerExtension")
             if engine.get("tensor_parallel_size", 1) == 1:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from paddock import prompts, rendering
+from paddock import prompts
+from paddock.engine import rendering
 from paddock.errors import ServiceError
 
 TEMPLATE = prompts.load_template("promptcblue")
