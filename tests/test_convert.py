@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from paddock import manifest
+from paddock import manifest, published
 from paddock.config import ConvertConfig, MergeConfig
 from paddock.convert import convert
 from paddock.errors import ModelError, OutputError
@@ -93,6 +93,25 @@ def test_context_length_is_kept_or_inferred(grouped: Path, tmp_path: Path) -> No
     assert _positions(run(meta, tmp_path / "noted")) == 1024
     (meta / "manifest.json").unlink()
     assert _positions(run(meta, tmp_path / "inferred")) == 2048
+
+
+def test_buffers_and_published_files_are_told_of(
+    grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = run(grouped, tmp_path / "tiny" / "7B", output_type="pth")
+    assert "dropped" not in capsys.readouterr().out
+    _tensors(rope__freqs=torch.ones(8))(meta)
+    (meta / "manifest.json").unlink()
+    found = manifest.sha256(meta / "consolidated.00.pth")
+    converted = run(meta, tmp_path / "one")
+    said = capsys.readouterr().out
+    assert "rope.freqs: dropped" in said
+    assert f"consolidated.00.pth: is not the published one of 7B: sha256 {found[:12]}" in said
+    files = manifest.check(converted).extra["input_files"]
+    assert files["input_dir"]["consolidated.00.pth"] == found
+    monkeypatch.setitem(published._META, "7B", (found,))
+    run(meta, tmp_path / "two")
+    assert "consolidated.00.pth: is the published one of 7B" in capsys.readouterr().out
 
 
 def _positions(directory: Path) -> int:

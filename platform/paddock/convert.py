@@ -18,7 +18,7 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig
 
-from paddock import manifest, storage
+from paddock import manifest, published, storage
 from paddock.config import ConvertConfig
 from paddock.errors import ModelError
 from paddock.meta_llama import (
@@ -44,20 +44,25 @@ def convert(config: ConvertConfig) -> str | Path:
     if not source.is_dir():
         raise ModelError(f"input_dir: {source}: no such directory; check the path")
     to_meta = config.output_type == "pth"
-    inputs = {"input_dir": manifest.fingerprint(config.input_dir)}
+    inputs = {"input_dir": manifest.look(config.input_dir)}
     tokenizer = None if to_meta else _tokenizer_model(source, storage.parent(config.input_dir))
     if tokenizer is not None and tokenizer.parent != source:
-        inputs["tokenizer.model"] = manifest.fingerprint(tokenizer)
+        inputs["tokenizer.model"] = manifest.look(tokenizer)
     with manifest.stage(
         config.output_dir,
         kind="meta" if to_meta else "model",
         config=config.hashed(),
-        inputs=inputs,
+        inputs={name: found.hash for name, found in inputs.items()},
         overwrite=config.overwrite,
         resume=True,
     ) as stage:
         if stage.finished:
             return stage.place
+        sums = {name: {file: it.sha256 for file, it in found.files.items()} for name, found in inputs.items()}
+        stage.extra["input_files"] = sums
+        files = {file: sha256 for found in sums.values() for file, sha256 in found.items()}
+        for line in published.recognised(source.name, files):
+            print(f"convert: {line}", flush=True)
         if to_meta:
             stage.extra.update(write_meta(source, stage.directory, stage.notes / "rotary"))
         else:
@@ -96,6 +101,10 @@ def write_huggingface(source: Path, tokenizer: Path | None, config: ConvertConfi
     """Write Meta's weights as a Hugging Face directory."""
     target = stage.directory
     shares = _open_shares(source)
+    buffers = list(filter(is_buffer, shares[0].infos))
+    if buffers:
+        also = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        print(f"convert: {buffers[0]}{also}: dropped; they follow from params.json", flush=True)
     found = _whole_shapes(shares, source)
     file = source / "params.json"
     if not file.is_file():
