@@ -34,8 +34,9 @@ ALLOWED = {
     "loss": "attention packing",
     "gradients": "",
     "dataset": "config data errors lora manifest packing prompts storage",
-    "train": "acceleration checkpoint cluster config errors feed gradients journal lora packing storage",
-    "trainer": "checkpoint cluster config dataset errors journal lora manifest prompts storage train",
+    "train": "acceleration checkpoint cluster config errors feed gradients journal lora packing storage validation",
+    "trainer": "checkpoint cluster config dataset errors journal lora manifest prompts storage train validation",
+    "validation": "checkpoint cluster config data dataset errors manifest scoring storage sweep",
     "train_plan": "config dataset lora storage trainer",
     "attention": "",
     "float8": "",
@@ -49,7 +50,7 @@ ALLOWED = {
     "models_of_2023": "weights",
     "shards": "errors weights",
     "shard_tasks": "cluster config_parts errors shards weights",
-    "convert": "config errors manifest meta_llama shard_tasks shards storage weights",
+    "convert": "config errors manifest meta_llama published shard_tasks shards storage weights",
     "merge_operations": "errors weights",
     "merge_adapter": "errors manifest merge_operations models_of_2023 weights",
     "merge_plan": "errors manifest merge_adapter merge_operations shards weights",
@@ -90,7 +91,9 @@ ALLOWED = {
     " lora manifest merge merge_plan packing predict prompts proof service shard_tasks shards"
     " storage train weights",
 }
-RAY_EDGES = set("benchmark clients cluster dataset merge pipeline predict service shard_tasks train trainer".split())
+RAY_EDGES = set(
+    "benchmark clients cluster dataset merge pipeline predict service shard_tasks train trainer validation".split()
+)
 
 
 def _files(root: Path, *folders: str) -> list[Path]:

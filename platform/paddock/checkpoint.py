@@ -10,10 +10,12 @@ generator (`seed_micro_batch`) follow from it, for any number of workers.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from paddock import manifest, storage
 from paddock.errors import OutputError
 
 STATE = Path("trainer_state") / "state.pt"
+SCORES = "scores"
 # A worker whose driver was killed lives on for as long as Ray needs to see it, which is seconds.
 _ORPHAN_S = 120
 
@@ -108,22 +111,44 @@ def refuse_other(
         )
 
 
-def best(run: str | Path, metric: str) -> int | None:
-    """The step of the checkpoint with the lowest `metric`, the earlier of equals; None where none has it."""
-    scores: dict[int, float] = {}
+def best(run: str | Path, by: str) -> int | None:
+    """The step of the checkpoint with the lowest dev loss, or the highest score, the earlier of equals; None where
+    none has it."""
+    if by == "score":
+        found = scores(run)
+        return min(found, key=lambda step: (-found[step], step)) if found else None
+    losses: dict[int, float] = {}
     for step in steps(run):
-        found = manifest.read(path(run, step))
-        if found is not None and metric in found.extra.get("metrics", {}):
-            scores[step] = found.extra["metrics"][metric]
-    return min(scores, key=lambda step: (scores[step], step)) if scores else None
+        about = manifest.read(path(run, step))
+        if about is not None and by in about.extra.get("metrics", {}):
+            losses[step] = about.extra["metrics"][by]
+    return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
 
-def prune(run: str | Path, keep: int | None, *, best_by: str | None = None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, but not the best one by a metric."""
+def score_file(run: str | Path, step: int) -> str | Path:
+    """Where it is said what a checkpoint's answers are worth (see `paddock.validation`)."""
+    return storage.join(run, SCORES, f"checkpoint-{step}.json")
+
+
+def scores(run: str | Path) -> dict[int, float]:
+    """The scores of the checkpoints that have one, by step."""
+    named = set(storage.children(storage.join(run, SCORES)))
+    found: dict[int, float] = {}
+    for step in steps(run):
+        if f"checkpoint-{step}.json" in named:
+            with storage.reading(score_file(run, step)) as stream:
+                found[step] = float(json.load(stream)["score"])
+    return found
+
+
+def prune(run: str | Path, keep: int | None, *, best_by: str | None = None, scored: bool = False) -> None:
+    """Remove the oldest checkpoints beyond `keep`, but not the best one, nor, where they are `scored`, one that is
+    still to be."""
     if keep is None:
         return
     found = steps(run)
     spared = {best(run, best_by)} if best_by else set()
+    spared |= set(found) - scores(run).keys() if scored else set()
     for step in found[: max(len(found) - keep, 0)]:
         if step not in spared:
             storage.remove(path(run, step))
@@ -161,8 +186,8 @@ class Publisher:
     for it, so that checkpoints appear in their order.
     """
 
-    def __init__(self, run: str | Path, keep: int | None, best_by: str | None = None) -> None:
-        self.run, self.keep, self.best_by = run, keep, best_by
+    def __init__(self, run: str | Path, keep: int | None, best_by: str | None = None, *, scored: bool = False) -> None:
+        self.run, self.prune = run, partial(prune, run, keep, best_by=best_by, scored=scored)
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -176,7 +201,7 @@ class Publisher:
         if storage.is_uri(self.run):
             self._last = self._pool.submit(self._copy, place)
         else:
-            prune(self.run, self.keep, best_by=self.best_by)
+            self.prune()
 
     def wait(self) -> None:
         """Return when every checkpoint is where the run is."""
@@ -191,7 +216,7 @@ class Publisher:
     def _copy(self, place: Path) -> None:
         storage.publish(place, storage.join(self.run, place.name))
         shutil.rmtree(place)
-        prune(self.run, self.keep, best_by=self.best_by)
+        self.prune()
 
 
 def seed_micro_batch(seed: int, step: int, index: int) -> None:

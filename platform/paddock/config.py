@@ -38,6 +38,7 @@ from paddock.config_parts import (
     ShardPart,
     Split,
     TrainPart,
+    ValidationPart,
     is_hashed,
 )
 from paddock.errors import ConfigError
@@ -82,6 +83,7 @@ class TrainConfig(JobConfig):
     lora: LoraPart = LoraPart()
     train: TrainPart = TrainPart()
     scaling: ScalingPart = ScalingPart()
+    validation: How[ValidationPart] = ValidationPart()
     demo_assets: Location | None = None
     """Where the embedded default (tiny base, adapters, rows) is made when a path below it is missing."""
 

@@ -203,8 +203,11 @@ class TrainPart(Settings):
     """Steps from one checkpoint to the next; the last step always makes one."""
     save_total_limit: How[int | None] = Field(default=25, ge=1)
     """The number of checkpoints that are kept, newest first; null keeps all."""
-    keep_best: How[bool] = False
-    """Keep the checkpoint with the lowest dev loss beyond save_total_limit; every checkpoint is then evaluated."""
+    keep_best: How[bool | Literal["dev_loss", "score"]] = False
+    """Keep the best checkpoint beyond save_total_limit: true or dev_loss, by dev loss, which every checkpoint then has;
+    score, by what its answers are worth (predict_with_generate)."""
+    predict_with_generate: How[bool] = False
+    """Let each checkpoint answer the dev rows, and score it, while training goes on; see `validation`."""
     eval_steps: How[int] = Field(default=100, ge=1)
     """Steps from one dev loss to the next."""
     logging_steps: How[int] = Field(default=10, ge=1)
@@ -225,6 +228,11 @@ class TrainPart(Settings):
     for plain LoRA only."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
+
+    @property
+    def best_by(self) -> str | None:
+        """What the best checkpoint is the best by."""
+        return "dev_loss" if self.keep_best is True else self.keep_best or None
 
     @field_validator("max_steps")
     @classmethod
@@ -326,6 +334,17 @@ class SamplingPart(Settings):
 
     preset: Literal["greedy", "reference"] = "greedy"
     """greedy: temperature 0, no penalties. reference: the PromptCBLUE endpoint's defaults."""
+
+
+class ValidationPart(Settings):
+    """How checkpoints answer the dev rows (`train.predict_with_generate`)."""
+
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's engine arguments."""
+    sampling: SamplingPart = SamplingPart()
+    """How answers are drawn."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """What Ray reserves for the engine beside the workers; a CPU, and on GPUs tensor_parallel_size of them."""
 
 
 class PredictPart(Settings):

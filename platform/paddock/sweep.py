@@ -77,6 +77,19 @@ def sweep(config: PredictConfig) -> dict[str, Any]:
     return record
 
 
+def score_adapter(config: PredictConfig, gold_file: str) -> dict[str, Any]:
+    """Let `config.adapter` answer rows, `config.data.test`, whose targets are in `gold_file`; returns what scores.json
+    says, which is in OUTPUT_DIR/scores. An adapter that cannot be served unmerged is merged for the time."""
+    adapter, base = config.adapter or "", config.base().path
+    reason = unmerged.why_not(adapter, base)
+    if reason is None:
+        predict(config)
+    else:
+        print(f"{adapter}: {reason}; merged for the time", flush=True)
+        _predict_merged(config, base, adapter)
+    return _score(config, gold_file, profile_of(read_rows(gold_file)), overwrite=False)
+
+
 def expand(adapters: tuple[str, ...]) -> dict[str, str]:
     """Name -> adapter directory, for directories and patterns, in the order of the numbers in their names.
 

@@ -24,7 +24,7 @@ from ray.experimental import tqdm_ray
 from torch import nn
 from transformers import get_scheduler, set_seed
 
-from paddock import checkpoint, cluster, lora, packing, storage
+from paddock import checkpoint, cluster, lora, packing, storage, validation
 from paddock.acceleration import adamw, training_module
 from paddock.config import TrainConfig
 from paddock.errors import ModelError, ResourceError
@@ -102,7 +102,8 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
     blocks = packing.PackedBlocks(packed / "train.parquet")
     dev = packing.PackedBlocks(packed / "dev.parquet") if (packed / "dev.parquet").exists() else None
     journal = _journal(attempt, first_step) if rank == 0 else None
-    publisher = checkpoint.Publisher(run, recipe.save_total_limit, "dev_loss" if recipe.keep_best else None)
+    scored = recipe.predict_with_generate
+    publisher = checkpoint.Publisher(run, recipe.save_total_limit, recipe.best_by, scored=scored)
     watch = cluster.Watch(attempt.stop_flag) if rank == 0 else None
     if journal:
         trainable, total = peft_model.get_nb_trainable_parameters()
@@ -136,7 +137,7 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
         ends = step.stop or last
         saves = ends or step.save or done % recipe.save_steps == 0
         dev_losses: dict[str, Any] = {}
-        due = last or (not step.stop and (done % recipe.eval_steps == 0 or (saves and recipe.keep_best)))
+        due = last or (not step.stop and (done % recipe.eval_steps == 0 or (saves and recipe.best_by == "dev_loss")))
         if dev is not None and due:
             dev_losses = evaluate(model, dev, recipe.per_device_train_batch_size, rank, world)
         if journal:
@@ -157,8 +158,7 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
                 )
                 publisher.publish(saved, before=journal.publish)
                 journal.say(f"saved {checkpoint.path(run, done)}")
-            # The checkpoint is ours and stands already; Ray learns of the progress.
-            ray.train.report({"step": done})
+            validation.report(run, done, saved=rank == 0 and scored and not step.stop)
         if step.stop:
             break
     publisher.close()

@@ -24,7 +24,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from paddock import __version__, checkpoint, cluster, dataset, journal, lora, manifest, storage
+from paddock import __version__, checkpoint, cluster, dataset, journal, lora, manifest, storage, validation
 from paddock.config import TrainConfig
 from paddock.dataset import Rows, load_rows, pack_rows
 from paddock.errors import ConfigError, OutputError, PaddockError, ResourceError
@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> str | Path:
             found = checkpoint.find_last(run, identity, inputs)
             if found is not None and checkpoint.step_of(found) == steps:
                 print(f"{last}: already trained with this configuration; nothing to do")
+                validation.score_missing(config)
                 return last
             quiet = config.train.disable_tqdm
             attempt = Attempt(
@@ -71,10 +72,13 @@ def train(config: TrainConfig) -> str | Path:
             if done < steps:
                 print(f"{checkpoint.path(run, done)}: saved; the same command goes on from there", flush=True)
                 sys.exit(_TERMINATED)
+            validation.score_missing(config)
+            recipe = config.train
+            checkpoint.prune(run, recipe.save_total_limit, best_by=recipe.best_by, scored=recipe.predict_with_generate)
         manifest.verify(last)
-        if config.train.keep_best:
-            best = checkpoint.best(run, "dev_loss")
-            print(f"best by dev loss: {checkpoint.path(run, best) if best else 'none'}", flush=True)
+        if config.train.best_by:
+            best = checkpoint.best(run, config.train.best_by)
+            print(f"best by {config.train.best_by}: {checkpoint.path(run, best) if best else 'none'}", flush=True)
         return last
     finally:
         cluster.disconnect(started)
@@ -102,8 +106,9 @@ def _check(config: TrainConfig) -> tuple[Rows, dict[str, str]]:
     lora.check_targets(config.model, config.lora)
     model = manifest.fingerprint(config.model.path)
     rows = load_rows(config)
-    if config.train.keep_best and not rows.dev:
+    if config.train.best_by and not rows.dev:
         raise ConfigError("train.keep_best: needs dev rows; give data.dev or data.validation_split_percentage")
+    validation.check(config, rows.dev)
     inputs = {"model": model, **rows.fingerprints, "prompt": template.text}
     if config.lora.init_from is not None:
         lora.check_init_from(config.lora, model)
@@ -170,7 +175,7 @@ def begin(config: TrainConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
 def _remove(run: str | Path) -> None:
     """Remove what a run has made, and nothing else."""
     checkpoint.prune(run, keep=0)
-    for name in (RECORD, "packed", journal.METRICS, journal.TENSORBOARD):
+    for name in (RECORD, "packed", journal.METRICS, journal.TENSORBOARD, checkpoint.SCORES):
         storage.remove(storage.join(run, name))
 
 
@@ -191,7 +196,8 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, TorchConfig]
     part = config.scaling
     use_gpu = cluster.has_gpus() if part.use_gpu is None else part.use_gpu
     bundle = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **part.resources_per_worker}
-    cluster.require([bundle] * part.min_workers, "training")
+    beside = validation.resources(config, use_gpu)
+    cluster.require([*[bundle] * part.min_workers, *([beside] if beside else [])], "training")
     scaling = ray.train.ScalingConfig(
         num_workers=part.num_workers, use_gpu=bundle.get("GPU", 0) > 0, resources_per_worker=bundle
     )
@@ -221,7 +227,12 @@ def _fit(attempt: Attempt, scaling: Any, backend: Any) -> int:
         callbacks=[_Refusal()],
     )
     trainer = TorchTrainer(
-        train_worker, train_loop_config=attempt, scaling_config=scaling, run_config=run, torch_config=backend
+        train_worker,
+        train_loop_config=attempt,
+        scaling_config=scaling,
+        run_config=run,
+        torch_config=backend,
+        validation_config=validation.ray_config(config, attempt.stop_flag),
     )
     try:
         return int(trainer.fit().return_value)
