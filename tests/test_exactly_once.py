@@ -94,8 +94,9 @@ class Driver:
         assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
 
 
-def _kill_actor(name: str) -> None:
-    (actor,) = [a for a in list_actors(limit=1000) if name in a.class_name and a.state == "ALIVE"]
+def _kill_actor(name: str, cluster: Any) -> None:
+    listed = list_actors(cluster.address, limit=1000)
+    (actor,) = [a for a in listed if name in a.class_name and a.state == "ALIVE"]
     os.kill(actor.pid, signal.SIGKILL)
 
 
@@ -117,40 +118,24 @@ def _interrupt(victim: str, times: int, tree: dict[str, Any], output: Path, clus
                 break
             driver = Driver(tree, output, cluster, root)
         else:
-            _kill_actor(ACTORS[victim])
+            _kill_actor(ACTORS[victim], cluster)
     driver.finish()
     return _computed(output)
 
 
-@pytest.mark.parametrize("victim", ["driver", "feeder", "replica"])
-def test_whoever_is_killed_the_files_are_the_same(
-    victim: str,
-    tree: dict[str, Any],
-    uninterrupted: dict[str, bytes],
-    ray_cluster: Any,
-    root: Path,
-    tmp_path: Path,
-) -> None:
-    computed = _interrupt(victim, 1, tree, tmp_path / "out", ray_cluster, root)
-    assert computed == Counter(range(ROWS))
-    assert _files(tmp_path / "out") == uninterrupted
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("victim", ["driver", "feeder", "replica"])
-def test_ten_times_each(
+@pytest.mark.parametrize("kills", [(1,), pytest.param((3, 3, 4), marks=pytest.mark.slow)], ids=["once", "ten-times"])
+def test_whoever_is_killed_the_files_are_the_same(
     victim: str,
+    kills: tuple[int, ...],
     tree: dict[str, Any],
     uninterrupted: dict[str, bytes],
     ray_cluster: Any,
     root: Path,
     tmp_path: Path,
 ) -> None:
-    killed = 0
-    while killed < 10:
-        output = tmp_path / f"out-{killed}"
-        computed = _interrupt(victim, 3, tree, output, ray_cluster, root)
-        killed += 3
+    for run, times in enumerate(kills):
+        computed = _interrupt(victim, times, tree, tmp_path / f"out-{run}", ray_cluster, root)
         assert computed == Counter(range(ROWS))
-        assert _files(output) == uninterrupted
+        assert _files(tmp_path / f"out-{run}") == uninterrupted

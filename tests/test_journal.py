@@ -63,3 +63,19 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(journal.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"train\.report_to: wandb is not installed"):
         journal.check_trackers(("tensorboard", "wandb"))
+
+
+@pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
+def test_trackers_take_what_is_told(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip(tracker)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for a database otherwise
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = Journal(str(tmp_path / "run"), 0, 10, (tracker,))
+    told.log(1, {"loss": 2.0, "dev_loss_by_task": {"CMeEE-V2": 1.0}})
+    if tracker == "mlflow":
+        run = library.MlflowClient().get_run(library.active_run().info.run_id)
+        assert run.data.metrics["dev_loss_by_task/CMeEE-V2"] == 1.0
+    else:
+        assert library.run.summary["loss"] == 2.0
+    told.close()
