@@ -308,6 +308,9 @@ class ServePart(Settings):
     """The name that requests give as `model`; null takes the model directory's own."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments (max_model_len, tensor_parallel_size, gpu_memory_utilization, ...)."""
+    optimize_for: Literal["latency", "throughput"] = "latency"
+    """vLLM's sizes of a batch where `engine` does not say: those of `vllm serve`, or the larger ones of `vllm.LLM`,
+    which a service takes that jobs.predict starts for itself."""
     autoscaling: dict[str, Any] = Field(
         default_factory=lambda: {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 64}
     )

@@ -135,7 +135,8 @@ def ledger_key(config: PredictConfig, rows: list[Row], endpoint: Endpoint | None
 def serving(config: PredictConfig) -> ServeConfig:
     """The service that answers a run, with room for its adapters."""
     base = config.service()
-    return base.model_copy(update={"engine": {**unmerged.engine_args(_adapters(config)), **base.engine}})
+    engine_args = {**unmerged.engine_args(_adapters(config)), **base.engine}
+    return base.model_copy(update={"engine": engine_args, "optimize_for": "throughput"})
 
 
 def _sampling(config: PredictConfig) -> dict[str, Any]:

@@ -144,8 +144,11 @@ class Engine:
                 engine.setdefault("distributed_executor_backend", "uni")
         with _as_config_error():
             self._args = AsyncEngineArgs(model=str(model), served_model_name=self.served_model_name, **engine)
-            # Without it vLLM takes the sizes of a batch that a test would, not those of `vllm serve`.
-            vllm_config = self._args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+            # Without a context vLLM takes the sizes of a batch that a test would.
+            batch = config.optimize_for == "throughput"
+            vllm_config = self._args.create_engine_config(
+                UsageContext.LLM_CLASS if batch else UsageContext.OPENAI_API_SERVER
+            )
         try:
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=self._args.disable_log_stats)
         except Exception as error:
