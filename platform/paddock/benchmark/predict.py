@@ -225,7 +225,7 @@ def _told(
 def _vllm(model: str, asked: Asked, engine: Mapping[str, Any]) -> tuple[float, float]:
     """(seconds to load, seconds to answer)."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # this process may know CUDA already
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process may know CUDA already
     if not torch.cuda.is_available():
         os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
