@@ -94,10 +94,14 @@ class Driver:
         assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
 
 
-def _kill_actor(name: str, cluster: Any) -> None:
-    listed = list_actors(cluster.address, limit=1000)
-    (actor,) = [a for a in listed if name in a.class_name and a.state == "ALIVE"]
-    os.kill(actor.pid, signal.SIGKILL)
+def _kill_actor(name: str, cluster: Any, driver: Driver) -> None:
+    """Kill the actor, which may just be on its way to replace one that was killed, while its driver needs it."""
+    while driver.process.poll() is None:
+        for actor in list_actors(cluster.address, limit=1000):
+            if name in actor.class_name and actor.state == "ALIVE":
+                os.kill(actor.pid, signal.SIGKILL)
+                return
+        time.sleep(0.5)
 
 
 def _interrupt(victim: str, times: int, tree: dict[str, Any], output: Path, cluster: Any, root: Path) -> Counter[int]:
@@ -118,7 +122,7 @@ def _interrupt(victim: str, times: int, tree: dict[str, Any], output: Path, clus
                 break
             driver = Driver(tree, output, cluster, root)
         else:
-            _kill_actor(ACTORS[victim], cluster)
+            _kill_actor(ACTORS[victim], cluster, driver)
     driver.finish()
     return _computed(output)
 
