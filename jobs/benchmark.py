@@ -1,6 +1,6 @@
 """Measure Paddock beside its peers, each pair in one run.
 
-    python -m jobs.benchmark merge|predict|train [output_dir=benchmarks] [key.sub=value ...]
+    python -m jobs.benchmark merge|predict|serve|train [output_dir=benchmarks] [key.sub=value ...]
 
 Writes OUTPUT_DIR/NAME-MACHINE.json and its raw output, NAME-MACHINE.log.
 """
@@ -18,6 +18,7 @@ from paddock.errors import ConfigError
 BENCHMARKS = {
     "merge": "paddock.benchmark.merge:merge",
     "predict": "paddock.benchmark.predict:run",
+    "serve": "paddock.benchmark.serve:run",
     "train": "paddock.benchmark.train:train",
 }
 

