@@ -48,8 +48,7 @@ def _work(pipe: Connection) -> None:
     while True:
         work, arguments = pipe.recv()
         try:
-            answer = work(*arguments), None
+            pipe.send((work(*arguments), None))
         except Exception as error:
             error.add_note(traceback.format_exc())
-            answer = None, error
-        pipe.send(answer)
+            pipe.send((None, error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import chain, islice, product
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from paddock.demo.model import generation_config, llama_config
 from paddock.demo.tokenizer import base_pieces, chinese_pieces, sentencepiece_model, tokenizer_config
 
 _LOGIT_STD = 4.0
+_CONTROL_AND_BYTES = 3 + 256
 
 Asked = Sequence[tuple[list[int], int]]
 """Prompt ids, and the number of tokens to answer."""
@@ -60,8 +62,15 @@ def write_model(directory: Path, config: LlamaBenchmarkConfig) -> None:
     }
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content), encoding="utf-8")
-    (directory / "tokenizer.model").write_bytes(sentencepiece_model([*base_pieces(), *chinese_pieces([])]))
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model(_pieces(config.vocab_size - _CONTROL_AND_BYTES)))
     save_file({"placeholder": torch.zeros(1)}, directory / "model.safetensors")
+
+
+def _pieces(count: int) -> list[str]:
+    """So many, that every token which the model may draw has a text: words and characters, then pairs of those."""
+    characters = chinese_pieces([])
+    pairs = map("".join, product((piece for piece in characters if len(piece) == 1), repeat=2))
+    return list(dict.fromkeys(chain(base_pieces(), characters, islice(pairs, count))))[:count]
 
 
 def write_weights(directory: str) -> None:

@@ -86,7 +86,7 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
     logit_tokens: int = Field(default=100, ge=2)
     """Likeliest tokens that are compared at each."""
     engine: dict[str, Any] = Field(default_factory=dict)
-    """vLLM's engine arguments, for both."""
+    """vLLM's engine arguments, for both; null takes one of the benchmark's own away."""
     fp8: dict[str, Any] = Field(default_factory=lambda: {"quantization": "fp8", "kv_cache_dtype": "fp8"})
     """Those that `fp8` adds to ours."""
     serve: dict[str, Any] = Field(default_factory=dict)
@@ -103,10 +103,11 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
 
 def run(config: ServeBenchmarkConfig) -> Path:
     """Measure; returns the JSON that was written. Raises, in the end, what a stage failed with."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped then, too
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     record = Record(config, "serve", keep=lambda row: row["stage"] not in config.stages)
     with TemporaryDirectory(prefix="paddock-benchmark-") as place, ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped then, too
+        stack.callback(signal.signal, signal.SIGTERM, before)
         benchmark = _Benchmark(config, Path(place), record, stack)
         failures = [failure for phase in benchmark.phases() if (failure := benchmark.measure(*phase)) is not None]
     file = record.write(**summary(record.rows))
@@ -251,7 +252,7 @@ class _Benchmark:
         if side == VLLM:
             command = vllm_serve(self.model, _NAME, port, self.engine)
         else:
-            arguments = self._ours({**self.engine, **(self.config.fp8 if side == FP8 else {})})
+            arguments = self._ours(self.engine if side == OURS else _changed(self.engine, self.config.fp8))
             command = serve_run(self.place / f"{side}.yaml", port, arguments)
             if self.config.ha_proxy is not None:
                 on = {"RAY_SERVE_ENABLE_HA_PROXY": str(int(self.config.ha_proxy)), "RAY_SERVE_HAPROXY_MAXCONN": "4000"}
@@ -351,4 +352,9 @@ def _engine(config: ServeBenchmarkConfig, together: bool) -> dict[str, Any]:
     elif together:
         # What one measures of free memory while the other starts would be by chance.
         engine |= {"kv_cache_memory_bytes": _kv_cache_bytes(config), "gpu_memory_utilization": 0.45}
-    return {**engine, **config.engine}
+    return _changed(engine, config.engine)
+
+
+def _changed(engine: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """null takes an argument away."""
+    return {key: value for key, value in {**engine, **by}.items() if value is not None}

