@@ -2,6 +2,7 @@
 
     HTTP     POST /generate, GET /is_ready            the reference endpoint (reference.py)
              GET /v1/models                           what can be asked for (models.py)
+             GET /openapi.json                        all of these routes (openapi.py)
              /v1/completions, ...                     vLLM's app, handed the request as it came
              all of them behind keys and limits       access.py
     handle   generate(prompt_token_ids, sampling, request_id, ...), describe()
@@ -24,15 +25,17 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments import models, reference
+import paddock
+from deployments import models, openapi, reference
 from deployments.access import Gate, error_response, logger
 from deployments.keys import ApiKey, KeyRing
+from deployments.metrics import RayExport
 from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.engine import Engine, sampling_params
 from paddock.prompts import Template
 
-http = FastAPI(title="Paddock", docs_url=None, redoc_url=None)
+http = FastAPI(title="Paddock", version=paddock.__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
 
 @http.exception_handler(HTTPException)
@@ -113,6 +116,8 @@ class LLM:
         self.engine = Engine(config, template)
         self.openai_app = await self.engine.openai_app()
         self.model_hash: str | None = None
+        self.openapi: dict[str, Any] | None = None
+        self.exporting = asyncio.ensure_future(RayExport().run())
 
     def gate(self, app: ASGIApp) -> Gate:
         return Gate(app, self.config.access, self.keys, self.limits, self.openai_app)
@@ -134,6 +139,13 @@ class LLM:
     async def models(self) -> dict[str, Any]:
         cards = await asyncio.to_thread(lambda: list(models.cards(self.engine, self.config.model)))
         return {"object": "list", "data": cards}
+
+    @http.get("/openapi.json", include_in_schema=False)
+    async def openapi_document(self, request: Request) -> dict[str, Any]:
+        if self.openapi is None:
+            theirs = await asyncio.to_thread(self.openai_app.openapi)
+            self.openapi = openapi.document(request.app.openapi(), theirs)
+        return {**self.openapi, "servers": [{"url": request.scope.get("root_path", "") or "/"}]}
 
     @http.post("/v1/completions")
     @http.post("/v1/chat/completions")

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from paddock.adapters import UnknownAdapterError
 from paddock.errors import ModelError, ServiceError
 
@@ -26,8 +28,21 @@ async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
     args.allowed_origins = []  # vLLM's default lets every web site call
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
+    app.add_exception_handler(AttributeError, _answer_harmony)
     await init_app_state(llm, app.state, args, tasks)
     return app
+
+
+async def _answer_harmony(request: Any, error: Exception) -> JSONResponse:
+    """400 for messages in OpenAI's Harmony format: vLLM reads them, and then takes them for dictionaries.
+
+    Raises whatever else it is given.
+    """
+    if not str(error).startswith("'Message' object has no attribute"):
+        raise error
+    message = "messages: each is an object with a role and a content"
+    body = {"message": message, "type": "BadRequestError", "param": "messages", "code": 400}
+    return JSONResponse({"error": body}, status_code=400)
 
 
 def open_adapters(app: Any, find: Callable[[str | None], Awaitable[Any]]) -> None:

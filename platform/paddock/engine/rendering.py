@@ -68,6 +68,8 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
 
 def chat_row(template: prompts.Template, messages: Sequence[Mapping[str, Any]]) -> Row:
     """One turn of chat as the row that it was trained as. Raises ValueError for any other conversation."""
+    if not all(isinstance(message, Mapping) for message in messages):  # vLLM reads other models' formats, too
+        raise ValueError("messages: each is an object with a role and a content")
     roles = [str(message.get("role")) for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(f"messages: one turn is served, a user's, after a system's or none; found {', '.join(roles)}")
