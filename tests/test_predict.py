@@ -223,3 +223,11 @@ def test_a_task_that_no_profile_has_is_refused_at_once(tree: dict[str, Any], row
     write_records(tmp_path / "test.json", [replace(rows[0], task_dataset="CMeEEE").as_record()])
     with pytest.raises(DataError, match="CMeEEE"):
         _predict(tree)
+
+
+def test_a_row_that_the_template_cannot_take_is_named_by_its_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    test = tmp_path / "alpaca.json"
+    test.write_text('{"instruction": "", "input": "咳嗽"}\n\n{"instruction": "译", "input": "咳嗽"}\n')
+    with pytest.raises(DataError, match=rf"{test}:3: .*no \{{instruction\}} slot"):
+        _predict({**tree, "data": {"test": str(test), "format": "alpaca"}})
+    assert not Path(tree["output_dir"]).exists()

@@ -111,6 +111,8 @@ def ledger_key(config: PredictConfig, rows: list[Row], endpoint: Endpoint | None
         "data": content_hash(rows),
     }
     _check_tasks(config, rows)
+    if endpoint is None or endpoint.kind == "completions":
+        _check_prompts(config, rows)
     if endpoint is not None:
         if config.adapter or config.adapter_by_task:
             raise ConfigError("adapter: target_url serves its own; name one of them as serve.served_model_name")
@@ -166,6 +168,16 @@ def _check_tasks(config: PredictConfig, rows: list[Row]) -> None:
             if task not in tasks and task not in {**TASKS["v1"], **TASKS["v2"]}:
                 known = ", ".join(sorted(tasks - {""})) or "none: their format names no task"
                 raise ConfigError(f"{name}.{task}: no such task; the rows are of {known}")
+
+
+def _check_prompts(config: PredictConfig, rows: list[Row]) -> None:
+    """Raise DataError, with file and line, for a row that the template cannot take."""
+    template = prompts.load_template(config.prompt.template)
+    for index, row in enumerate(rows):
+        try:
+            template.render(row)
+        except DataError as error:
+            raise DataError(f"{place(config.data.test or config.data.dev or '', index)}: {error}") from None
 
 
 def _endpoint(config: PredictConfig) -> Endpoint | None:
