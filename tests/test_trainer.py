@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from paddock import trainer
-from paddock.config import TrainConfig, build
+from paddock.config import TrainConfig, TrainPart, build
 from paddock.data import read_rows, write_records
 from paddock.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
-from paddock.train_plan import plan_text
+from paddock.train_plan import gpu_seconds, peak_bytes, plan_text
 
 
 def test_the_runs_identity_is_the_steps_batch_not_its_split(train_tree: dict[str, Any]) -> None:
@@ -46,6 +48,21 @@ def test_a_plan_tells_what_would_be_done(train_tree: dict[str, Any]) -> None:
     assert not Path(train_tree["output_dir"]).exists()
 
 
+@pytest.mark.parametrize("variant", ["bf16", "fp8"])
+def test_a_plans_memory_and_time_are_those_of_the_benchmark(root: Path, variant: str) -> None:
+    measured = json.loads((root / "benchmarks" / "train-h200.json").read_text(encoding="utf-8"))
+    rows = {row["what"]: row for row in measured["rows"]}
+    ours, total = rows[f"ours, {variant}"], rows["plain"]["base_parameters"]
+    keys = {"max_seq_length": ours["block_tokens"], "per_device_train_batch_size": ours["blocks"]}
+    recipe = TrainPart.model_validate({**keys, "fp8": variant == "fp8"})
+    shape = LlamaConfig(vocab_size=49954)  # otherwise LLaMA-7B's
+    trainable = 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    supervised = ours["supervised_tokens_per_s"] / ours["tokens_per_s"]
+    peak = peak_bytes(shape, recipe, size=2, total=total + trainable, trainable=trainable, supervised=supervised)
+    assert peak / 2**30 == pytest.approx(ours["peak_memory_gib"], rel=0.15)
+    assert 1 / gpu_seconds(total, 1, recipe) == pytest.approx(ours["tokens_per_s"], rel=0.15)
+
+
 class TestRefusals:
     """Each before Ray is asked, and with nothing written."""
 
@@ -73,6 +90,20 @@ class TestRefusals:
     def test_a_misspelt_lora_key(self, train_tree: dict[str, Any]) -> None:
         train_tree["lora"]["lora_alfa"] = 1
         self._refused(train_tree, ConfigError, "did you mean 'lora_alpha'")
+
+    @pytest.mark.parametrize("other", ["load_in_4bit", "fsdp"])
+    def test_two_ways_to_hold_the_base(self, train_tree: dict[str, Any], other: str) -> None:
+        train_tree["train"] |= {"fp8": True, other: True}
+        self._refused(train_tree, ConfigError, f"train.fp8: not together with train.{other}")
+
+    def test_4_bits_without_a_gpu(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
+        train_tree["train"]["load_in_4bit"] = True
+        self._refused(train_tree, ConfigError, "train.load_in_4bit: needs a CUDA GPU for each worker")
+
+    def test_shards_on_a_shared_gpu(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
+        train_tree["train"]["fsdp"] = True
+        train_tree["scaling"]["resources_per_worker"] = {"GPU": 0.5}
+        self._refused(train_tree, ConfigError, "train.fsdp: needs a whole GPU for each worker")
 
     def test_too_few_cpus(self, train_tree: dict[str, Any], ray_cluster: Any) -> None:
         train_tree["scaling"] = {"num_workers": 3}

@@ -3,9 +3,9 @@
     model = training_module(lora.attach(lora.load_base(...), ...), config.train, device)
     optimizer = adamw(parameters, config.train)
 
-In order: onto the device, attention inside rows alone, the frozen base in FP8 where asked for, LoRA as two small
-products beside the base's, a head that the tensor cores like, recomputation, and each layer compiled where it stands
-(no parameter changes its name).
+In order: onto the device (in 4 bits where asked for), attention inside rows alone, the frozen base in FP8 where asked
+for, LoRA as two small products beside the base's, a head that the tensor cores like, recomputation, each layer compiled
+where it stands (no parameter changes its name), and the base in shards where asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from paddock import float8
+from paddock import float8, four_bit, sharding
 from paddock.attention import VARLEN
 from paddock.config import TrainPart
 from paddock.errors import ConfigError
@@ -33,8 +33,11 @@ _KEPT_SHARE = 0.5
 
 def training_module(model: Any, recipe: TrainPart, device: torch.device) -> SupervisedLoss:
     """A PEFT model on its device, ready to train. Raises ConfigError for what the device cannot do."""
-    model = model.to(device)
     causal_lm = model.get_base_model()
+    if recipe.load_in_4bit:
+        four_bit.quantise(causal_lm.model.layers, recipe, device)
+    if not recipe.fsdp:  # else each card only ever gets its share
+        model = model.to(device)
     causal_lm.set_attn_implementation(_attention(causal_lm, recipe, device))
     for module in list(model.modules()):
         if type(module) is not peft_lora.Linear:
@@ -50,8 +53,12 @@ def training_module(model: Any, recipe: TrainPart, device: torch.device) -> Supe
         _recompute(causal_lm, recipe, compiled)
     if compiled:
         for layer in causal_lm.model.layers:
-            layer.compile()
-    return SupervisedLoss(model)
+            # Not `layer.compile()`: what hooks do (sharding) is no part of it.
+            layer.forward = torch.compile(layer.forward)
+    module = SupervisedLoss(model)
+    if recipe.fsdp:
+        sharding.shard(module, causal_lm.model.layers, device)
+    return module
 
 
 def adamw(parameters: list[nn.Parameter], recipe: TrainPart) -> torch.optim.AdamW:
@@ -68,10 +75,10 @@ def adamw(parameters: list[nn.Parameter], recipe: TrainPart) -> torch.optim.Adam
 
 
 class PlainLora(peft_lora.Linear):  # type: ignore[misc]
-    """PEFT's LoRA of a linear layer for one adapter without dropout or variant; computes the same, with less traffic.
+    """PEFT's LoRA of a linear layer for one adapter without variant; computes the same, with less traffic.
 
-    The scale goes into the small matrix B instead of over the whole output, and both matrices are multiplied in the
-    dtype of the layer's input.
+    The scale goes into the small matrix B instead of over the whole output, and dropout and both matrices work in the
+    dtype of the layer's input, which PEFT would cast to float32 first.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,7 +86,7 @@ class PlainLora(peft_lora.Linear):  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        small = linear(x, a.to(x.dtype))
+        small = linear(self.lora_dropout[name](x), a.to(x.dtype))
         return self.base_layer(x) + linear(small, (b * self.scaling[name]).to(x.dtype))  # type: ignore[no-any-return]
 
 
@@ -89,18 +96,16 @@ class AlignedHead(nn.Linear):
     The fast kernels want rows of 16 bytes: 49,954 words, unaligned, take four times as long.
     """
 
-    aligned: torch.Tensor
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.aligned)[..., : self.out_features]
+        return linear(input, self.weight)[..., : self.out_features]
 
 
 def _align(head: nn.Linear) -> None:
     missing = -head.out_features % 64
     if missing and head.bias is None and not head.weight.requires_grad:
         head.__class__ = AlignedHead
-        head.aligned = pad(head.weight.data, (0, 0, 0, missing))
-        head.weight.data = head.aligned[: head.out_features]  # the same memory
+        # An embedding that is tied to it gets rows that no token asks for.
+        head.weight.data = pad(head.weight.data, (0, 0, 0, missing))
 
 
 def _is_plain(module: Any) -> bool:
@@ -109,7 +114,7 @@ def _is_plain(module: Any) -> bool:
         len(adapters) == 1
         and module.active_adapters == adapters
         and not module.lora_variant
-        and isinstance(module.lora_dropout[adapters[0]], nn.Identity)
+        and isinstance(module.lora_dropout[adapters[0]], (nn.Identity, nn.Dropout))
         and module.lora_B[adapters[0]].bias is None
     )
 

@@ -226,6 +226,15 @@ class TrainPart(Settings):
     fp8: bool = False
     """Round the base's layers that have an adapter to 8 bits (e4m3), for products at twice the rate; from H100 on, and
     for plain LoRA only."""
+    load_in_4bit: bool = False
+    """QLoRA: hold the base's decoder layers in 4 bits; on GPUs, with bitsandbytes. The adapter is one of the base as it
+    is in its files."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The values that 4 bits stand for: those of a normal distribution, or a floating point number's."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales of 4-bit blocks too."""
+    fsdp: How[bool] = False
+    """Shard the base over the workers (FSDP2), for one that does not fit a card; a whole GPU a worker."""
     seed: int = 42
     """Seeds the order of the blocks, the adapter's initial weights and dropout."""
 

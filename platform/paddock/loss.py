@@ -13,7 +13,7 @@ from paddock.attention import VARLEN, row_borders
 from paddock.packing import IGNORE
 
 # Supervised tokens whose logits exist at a time: of 50,000 words, 800 MB in float32.
-_CHUNK = 4096
+CHUNK = 4096
 # Blocks in a row are filled up to a multiple of this, so that compiled layers see few sizes.
 _MULTIPLE = 256
 
@@ -56,9 +56,9 @@ def summed_cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.T
 
     Logits of many tokens are made chunk by chunk, and again in the backward pass, instead of being kept.
     """
-    if len(hidden) <= _CHUNK:
+    if len(hidden) <= CHUNK:
         return _cross_entropy(head, hidden, targets)
-    parts = zip(torch.split(hidden, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+    parts = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     return torch.stack([checkpoint(_cross_entropy, head, h, t, use_reentrant=False) for h, t in parts]).sum()
 
 

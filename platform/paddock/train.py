@@ -31,6 +31,7 @@ from paddock.errors import ModelError, ResourceError
 from paddock.feed import on_device
 from paddock.gradients import Step, StepSum, from_rank_0, sum_over_workers
 from paddock.journal import Journal
+from paddock.sharding import turns
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
     # The model, the same on every worker.
     set_seed(recipe.seed)
     peft_model = lora.attach(lora.load_base(config.model), config.lora)
+    trainable, total = peft_model.get_nb_trainable_parameters()
     device = ray.train.torch.get_device()
     model = training_module(peft_model, recipe, device)
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -106,7 +108,6 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
     publisher = checkpoint.Publisher(run, recipe.save_total_limit, recipe.best_by, scored=scored)
     watch = cluster.Watch(attempt.stop_flag) if rank == 0 else None
     if journal:
-        trainable, total = peft_model.get_nb_trainable_parameters()
         journal.say(
             f"{f'resuming after step {first_step}' if first_step else 'training'}: {world} worker(s),"
             f" {attempt.max_steps} steps of {batch} blocks, {trainable:,} of {total:,} parameters trainable"
@@ -119,11 +120,11 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
         chosen = packing.step_blocks(len(blocks), done, batch, recipe.seed)
         supervised = sum(blocks.supervised_tokens[b] for b in chosen)
         micro_batches = packing.micro_batches(chosen, recipe.per_device_train_batch_size)
-        mine = range(rank, len(micro_batches), world)
-        batches = on_device((blocks.batch(micro_batches[index]) for index in mine), device)
-        for index, tensors in zip(mine, batches, strict=True):
+        mine = turns(model, len(micro_batches), rank, world)
+        batches = on_device((blocks.batch(micro_batches[index]) for index, _ in mine), device)
+        for (index, weight), tensors in zip(mine, batches, strict=True):
             checkpoint.seed_micro_batch(recipe.seed, done, index)
-            sums.add(model(**tensors) / supervised)
+            sums.add(model(**tensors) * weight / supervised)
         asked = {"stop": watch.stops(), "save": watch.preempts()} if watch else {}
         step = sums.finish(recipe.max_grad_norm, **asked)
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
@@ -182,8 +183,9 @@ def evaluate(model: nn.Module, dev: packing.PackedBlocks, size: int, rank: int, 
     members = {task: [b for b, of in enumerate(dev.tasks) if of == task] for task in tasks}
     portions = [(t, p) for t, task in enumerate(tasks) for p in packing.micro_batches(members[task], size)]
     sums = torch.zeros(len(tasks), dtype=torch.float64, device=next(model.parameters()).device)
-    for task, portion in portions[rank::world]:
-        sums[task] += _loss(model, dev, portion)
+    for index, weight in turns(model, len(portions), rank, world):
+        task, portion = portions[index]
+        sums[task] += _loss(model, dev, portion) * weight
     model.train()
     sum_over_workers(sums)
     counts = [sum(dev.supervised_tokens[b] for b in members[task]) for task in tasks]

@@ -11,18 +11,22 @@ import torch
 from transformers import AutoConfig
 
 from paddock import lora, storage
-from paddock.config import TrainConfig
+from paddock.config import TrainConfig, TrainPart
 from paddock.dataset import by_task, load_rows, tokenise_here, write_packed
+from paddock.loss import CHUNK
 from paddock.trainer import check, run_config, steps_of
 
 # The benchmark's rule: PEFT modules together have at most this share of the backbone's parameters.
 _BENCHMARK_SHARE = 0.01
-# Forward, and backward without the frozen weights' gradients: FLOP for a parameter and a token.
+# Forward, and backward without the frozen weights' gradients: FLOP for a parameter and a token. Recomputation adds a
+# forward.
 _FLOP = 4
-# What one H200 gave a LLaMA-7B in bfloat16, packed and compiled per layer: 13,230 tokens/s.
-_GPU_FLOP_PER_S = 3.6e14
+# What one H200 gave a LLaMA-7B, packed and compiled per layer (benchmarks/train-h200.json): tokens/s x 4N.
+_GPU_FLOP_PER_S = {"bf16": 5.27e14, "fp8": 7.72e14}
 # A trained parameter in float32, its gradient, Adam's two moments, and its float64 sum.
 _TRAINED_BYTES = 4 + 4 + 8 + 8
+# The scales of 4-bit blocks of 64: in float32, or in 8 bits with float32 ones for 256 blocks.
+_SCALE_BYTES = {False: 4 / 64, True: (1 + 4 / 256) / 64}
 
 
 def plan_text(config: TrainConfig) -> str:
@@ -41,11 +45,21 @@ def plan_text(config: TrainConfig) -> str:
     trainable, total = lora.check_targets(config.model, config.lora)
     share = trainable / (total - trainable)
     workers = config.scaling.num_workers
-    peak = _peak_bytes(config, total, trainable, report.supervised_tokens / report.tokens)
+    shape: Any = AutoConfig.from_pretrained(storage.fetch(config.model.path, only=("config.json",)))
+    dtype = getattr(torch, config.model.dtype) if config.model.dtype else shape.dtype or torch.float32
+    supervised = report.supervised_tokens / report.tokens
+    peak = peak_bytes(
+        shape,
+        recipe,
+        size=dtype.itemsize,
+        total=total,
+        trainable=trainable,
+        supervised=supervised,
+        workers=config.scaling.min_workers,
+    )
     lines = [
         f"model        {config.model.path}",
-        f"rows         {report.rows} of {len(rows.train)}, {report.tokens} tokens,"
-        f" {report.supervised_tokens / report.tokens:.1%} of them supervised",
+        f"rows         {report.rows} of {len(rows.train)}, {report.tokens} tokens, {supervised:.1%} of them supervised",
         f"dev rows     {reports['dev'].rows} of {len(rows.dev)}" if rows.dev else "dev rows     none",
         f"truncated    {by_task(report.truncated)}",
         f"dropped      {by_task(report.dropped)}",
@@ -53,8 +67,8 @@ def plan_text(config: TrainConfig) -> str:
         f"steps        {steps} of {batch} blocks on {workers if isinstance(workers, int) else list(workers)} worker(s),"
         f" {steps * batch / report.blocks:.1f} epochs",
         f"parameters   {trainable:,} trainable, {share:.2%} of the backbone's {total - trainable:,}",
-        f"memory       about {peak / 2**30:.1f} GiB a worker at its peak",
-        f"duration     {_duration(_FLOP * total * steps * batch * report.tokens / report.blocks, config)}",
+        f"memory       about {peak / 2**30:.1f} GiB a worker at its peak, on a GPU",
+        f"duration     {_duration(total, steps * batch * report.tokens / report.blocks, config)}",
     ]
     if share > _BENCHMARK_SHARE:
         lines.append(
@@ -63,24 +77,41 @@ def plan_text(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _peak_bytes(config: TrainConfig, total: int, trainable: int, supervised: float) -> float:
-    """An estimate: weights, what is trained, a micro-batch's activations, its supervised tokens' logits.
+def peak_bytes(
+    shape: Any, recipe: TrainPart, *, size: int, total: int, trainable: int, supervised: float, workers: int = 1
+) -> float:
+    """An estimate for a GPU: the base, what is trained, a micro-batch's activations, its supervised tokens' logits.
 
-    A layer keeps about 12 hidden and 5 intermediate vectors a token for its backward, which is what a
-    LLaMA-7B in bfloat16 was seen to take (26 GiB for one block of 2,048 tokens, 63 for one of 8,192).
+    shape: transformers' LlamaConfig. size: bytes of a base parameter. supervised: the share of all tokens.
+
+    For its backward a compiled layer keeps, for each token, 6 hidden vectors (its input, both normalised ones, the
+    query, what was attended to, the sum after it), key and value, and 3 intermediate ones.
     """
-    shape: Any = AutoConfig.from_pretrained(storage.fetch(config.model.path, only=("config.json",)))
-    dtype = getattr(torch, config.model.dtype) if config.model.dtype else shape.dtype or torch.float32
-    size = torch.empty(0, dtype=dtype).element_size()
-    tokens = config.train.per_device_train_batch_size * config.train.max_seq_length
-    layer = 12 * shape.hidden_size + 5 * shape.intermediate_size
-    activations = tokens * shape.num_hidden_layers * layer * size
-    logits = tokens * supervised * shape.vocab_size * (size + 8)
-    return float((total - trainable) * size + trainable * _TRAINED_BYTES + activations + logits)
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    around = shape.vocab_size * hidden * (1 if shape.tie_word_embeddings else 2)
+    inside = total - trainable - around
+    base = size * (around + inside)
+    if recipe.load_in_4bit:
+        base = size * around + inside * (0.5 + _SCALE_BYTES[recipe.bnb_4bit_use_double_quant])
+    elif recipe.fsdp and workers > 1:
+        base = base / workers + size * (around + 2 * inside / layers)
+    narrow = hidden * shape.num_key_value_heads / shape.num_attention_heads
+    layer = 6 * hidden + 2 * narrow + 3 * shape.intermediate_size
+    kept = {False: layers * layer, "selective": layers * layer / 2, True: layers * hidden + layer}
+    tokens = recipe.per_device_train_batch_size * recipe.max_seq_length
+    activations = tokens * kept[recipe.gradient_checkpointing] * size
+    logits = min(tokens * supervised, CHUNK) * shape.vocab_size * (size + 8)
+    return float(base + trainable * _TRAINED_BYTES + activations + logits)
 
 
-def _duration(flop: float, config: TrainConfig) -> str:
-    """An estimate: on GPUs from what one H200 gave, on this CPU from a matrix product of its own."""
+def gpu_seconds(total: int, tokens: float, recipe: TrainPart) -> float:
+    """An estimate for one GPU, from what an H200 gave: parameters of the model, tokens of the run."""
+    flop = _FLOP * total * tokens * (1.5 if recipe.gradient_checkpointing is True else 1)
+    return flop / _GPU_FLOP_PER_S["fp8" if recipe.fp8 else "bf16"]
+
+
+def _duration(total: int, tokens: float, config: TrainConfig) -> str:
+    """On GPUs, and on this CPU from a matrix product of its own."""
     workers = config.scaling.max_workers
     matrix = torch.randn(768, 768)
     matrix @ matrix
@@ -89,8 +120,8 @@ def _duration(flop: float, config: TrainConfig) -> str:
         matrix @ matrix
     cpu_flop_per_s = 4 * 2 * 768**3 / (time.perf_counter() - begun)
     return (
-        f"about {_clock(flop / _GPU_FLOP_PER_S / workers)} on {workers} x H200,"
-        f" {_clock(flop / cpu_flop_per_s)} on this machine's CPU, and the start"
+        f"about {_clock(gpu_seconds(total, tokens, config.train) / workers)} on {workers} x H200,"
+        f" {_clock(_FLOP * total * tokens / cpu_flop_per_s)} on this machine's CPU, and the start"
     )
 
 

@@ -24,7 +24,18 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from paddock import __version__, checkpoint, cluster, dataset, journal, lora, manifest, storage, validation
+from paddock import (
+    __version__,
+    checkpoint,
+    cluster,
+    dataset,
+    four_bit,
+    journal,
+    lora,
+    manifest,
+    storage,
+    validation,
+)
 from paddock.config import TrainConfig
 from paddock.dataset import Rows, load_rows, pack_rows
 from paddock.errors import ConfigError, OutputError, PaddockError, ResourceError
@@ -90,6 +101,9 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError("data.train: is required; give the file of training rows as data.train=FILE")
     load_template(config.prompt.template)
     lora.lora_config(config.lora)
+    ways = [name for name in ("fp8", "load_in_4bit", "fsdp") if getattr(config.train, name)]
+    if len(ways) > 1:
+        raise ConfigError(f"train.{ways[0]}: not together with train.{ways[1]}; give one of them as false")
     journal.check_trackers(config.train.report_to)
 
 
@@ -196,6 +210,10 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, TorchConfig]
     part = config.scaling
     use_gpu = cluster.has_gpus() if part.use_gpu is None else part.use_gpu
     bundle = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **part.resources_per_worker}
+    if config.train.load_in_4bit:
+        four_bit.check(on_gpu=bundle.get("GPU", 0) > 0)
+    if config.train.fsdp and 0 < bundle.get("GPU", 0) < 1:
+        raise ConfigError("train.fsdp: needs a whole GPU for each worker; give scaling.resources_per_worker no GPU")
     beside = validation.resources(config, use_gpu)
     cluster.require([*[bundle] * part.min_workers, *([beside] if beside else [])], "training")
     scaling = ray.train.ScalingConfig(
