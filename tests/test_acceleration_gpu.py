@@ -6,16 +6,19 @@ Needs neither the session's fixtures nor Ray: `pytest --noconftest tests/test_ac
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners import lora as peft_lora
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paddock import float8, lora
-from paddock.acceleration import adamw, training_module
+from paddock import checkpoint, float8, lora
+from paddock.acceleration import PlainLora, adamw, training_module
 from paddock.attention import row_borders, varlen_attention
 from paddock.benchmark.train_rows import make_rows, packed
 from paddock.config_parts import LoraPart, TrainPart
@@ -29,11 +32,11 @@ ROWS = make_rows(24, 1000, 96, seed=0)
 BATCH = packed([ROWS[:12], ROWS[12:]], 1100)
 
 
-def _adapter() -> Any:
+def _adapter(**keys: Any) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=1001, num_key_value_heads=2, initializer_range=0.06, **shape)
-    model = lora.attach(LlamaForCausalLM(config).bfloat16(), LoraPart(r=8))
+    model = lora.attach(LlamaForCausalLM(config).bfloat16(), LoraPart.model_validate({"r": 8, **keys}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -126,3 +129,56 @@ def test_batches_arrive_whole_and_in_order() -> None:
     for i, batch in enumerate(on_device(batches, GPU)):
         assert bool((batch["x"] == i).all())
     assert adamw([nn.Parameter(torch.ones(2, device=GPU))], TrainPart()).defaults["fused"]
+
+
+def _loss_curve(module: SupervisedLoss, recipe: TrainPart, steps: int) -> list[float]:
+    optimizer = adamw([p for p in module.parameters() if p.requires_grad], recipe)
+    curve = []
+    for _ in range(steps):
+        value = module(**{name: tensor.to(GPU) for name, tensor in BATCH.items()}) / 1000
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(value.item())
+    return curve
+
+
+@pytest.mark.parametrize("keys", [{}, {"torch_compile": False, "gradient_checkpointing": True}], ids=str)
+def test_a_base_in_4_bits_learns_an_adapter_of_the_base_as_it_was(keys: dict[str, Any], tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch._dynamo.reset()
+    recipe = TrainPart.model_validate({"load_in_4bit": True, "learning_rate": 1e-2, **keys})
+    model = _adapter()
+    counted = model.get_nb_trainable_parameters()
+    module = training_module(model, recipe, GPU).train()
+    quantised = [m for m in module.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(quantised) == 4 * 7
+    assert {m.weight.dtype for m in quantised} == {torch.uint8}
+    assert all(isinstance(m, PlainLora) for m in module.modules() if isinstance(m, peft_lora.Linear))
+    assert model.get_nb_trainable_parameters() == counted
+    curve = _loss_curve(module, recipe, 8)
+    print(curve)
+    assert curve[-1] < 0.8 * curve[0]
+    # The same adapter over the 16-bit base is about as good.
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(_adapter().unload(), tmp_path)
+    with torch.no_grad():
+        value = SupervisedLoss(plain.to(GPU))(**{name: tensor.to(GPU) for name, tensor in BATCH.items()}) / 1000
+    assert value.item() == pytest.approx(curve[-1], rel=0.25)
+
+
+def test_dropout_learns_as_without(exact: Any) -> None:
+    """Compiled masks are others than PEFT's; what they leave is the same on average."""
+    torch._dynamo.reset()
+    module = training_module(_adapter(lora_dropout=0.1), TrainPart(), GPU).train()
+    assert all(isinstance(m, PlainLora) for m in module.modules() if isinstance(m, peft_lora.Linear))
+
+    def drawn(seed: int) -> tuple[float, torch.Tensor]:
+        module.zero_grad()
+        checkpoint.seed_micro_batch(seed, 0, 0)
+        return _gradient(module, BATCH)
+
+    first, again = drawn(1), drawn(1)
+    assert first[0] == again[0] != drawn(2)[0]
+    mean = torch.stack([drawn(seed)[1] for seed in range(16)]).mean(dim=0)
+    assert float((mean - exact[1]).norm() / exact[1].norm()) < 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from paddock import checkpoint, lora, packing
 from paddock.acceleration import adamw, training_module
-from paddock.config_parts import LoraPart, ModelConfig, TrainPart
+from paddock.config import LoraPart, ModelConfig, TrainConfig, TrainPart, build
 from paddock.data import read_rows
 from paddock.gradients import StepSum
 from paddock.sharding import turns
 from paddock.train import evaluate
+from paddock.trainer import train
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -94,8 +96,22 @@ def test_two_workers_with_half_the_base_each_learn_what_one_does(
 
 @pytest.mark.slow
 def test_so_do_recomputed_and_compiled_layers(base_model: Path, assets: Path, tmp_path: Path) -> None:
-    varlen = {"gradient_checkpointing": True, "attn_implementation": "varlen"}
-    _same_as_alone(base_model, assets, tmp_path, [varlen, {"torch_compile": True}, {"torch_compile": True, **varlen}])
+    recomputed = {"gradient_checkpointing": True}
+    variants = [{**recomputed, "attn_implementation": "varlen"}, {"torch_compile": True, **recomputed}]
+    _same_as_alone(base_model, assets, tmp_path, variants)
+
+
+@pytest.mark.slow
+def test_so_does_a_run_on_ray(train_tree: dict[str, Any], ray_cluster: Any, tmp_path: Path) -> None:
+    lasts = []
+    for workers in (1, 2):
+        train_tree["output_dir"] = str(tmp_path / f"run-{workers}")
+        train_tree["scaling"]["num_workers"] = workers
+        train_tree["train"] |= {"gradient_accumulation_steps": 4 // workers, "fsdp": workers > 1, "eval_steps": 1}
+        lasts.append(Path(train(build(TrainConfig, train_tree))))
+    one, two = (json.loads((last / "manifest.json").read_text(encoding="utf-8"))["metrics"] for last in lasts)
+    assert one == two
+    assert (lasts[0] / WEIGHTS).read_bytes() == (lasts[1] / WEIGHTS).read_bytes()
 
 
 def test_passes_are_dealt_out_evenly_only_where_layers_are_gathered() -> None:
