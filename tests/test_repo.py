@@ -36,7 +36,8 @@ ALLOWED = {
     "dataset": "config data errors lora manifest packing prompts storage",
     "train": "acceleration checkpoint cluster config errors feed gradients journal lora packing sharding storage"
     " validation",
-    "trainer": "checkpoint cluster config dataset errors four_bit journal lora manifest prompts storage train validation",
+    "trainer": "checkpoint cluster config dataset errors four_bit journal lora manifest prompts storage train"
+    " validation",
     "validation": "checkpoint cluster config data dataset errors manifest scoring storage sweep",
     "train_plan": "config dataset lora loss storage trainer",
     "attention": "",
