@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 from paddock.adapters import UnknownAdapterError
@@ -27,6 +28,7 @@ async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
+    app.state.server = SimpleNamespace()  # what vLLM tells to stop where the engine is dead
     return app
 
 
