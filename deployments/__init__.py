@@ -104,7 +104,7 @@ def placed(config: ServeConfig) -> dict[str, Any]:
         cluster.require(bundles, "a replica")
         replicas.require_room_for_change(config, bundles)
         if joined:
-            service.start_serve(config, {"host": _HOST})
+            service.start_serve(config.ingress, {"host": _HOST})
     except ConnectionError:
         joined = False
         options = replicas.options(config, bool(torch.cuda.device_count()))

@@ -77,18 +77,18 @@ def application(config: ServeConfig) -> Any:
     return import_attr(IMPORT_PATH)(config.model_dump())
 
 
-def start_serve(config: ServeConfig, http_options: Mapping[str, Any], *, routed: bool = True, **options: Any) -> None:
-    """Start Serve, where it does not run yet, behind the ingress that the configuration asks for, and say which.
+def start_serve(wanted: str, http_options: Mapping[str, Any], *, routed: bool = True, **options: Any) -> None:
+    """Start Serve, where it does not run yet, behind an ingress (a configuration's `serve.ingress`), and say which.
 
-    options: `serve.start`'s. Without a route nobody comes in over HTTP, and Serve's own proxy does.
+    options: `serve.start`'s. Without a route nobody comes in over HTTP, and Serve's own proxy does. Raises
+    ResourceError where another listens already.
     """
     if not serve.status().proxies:
         host, port = str(http_options.get("host", "127.0.0.1")), int(http_options.get("port", 8000))
         if routed:
             _require_port(host, port)
         several = cluster.has_several_nodes()
-        wanted = config.ingress if routed else "serve"
-        variables, line = ingress.environment(wanted, host, several)
+        variables, line = ingress.environment(wanted if routed else "serve", host, several)
         options["controller_options"] = {"runtime_env": {"env_vars": variables}}
         if routed:
             print(line, flush=True)
@@ -121,7 +121,7 @@ def start(
     # A line a request is for `serve run`; here a progress bar tells the same.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     http_options = http_options or {"host": "127.0.0.1"}
-    start_serve(config, http_options, routed=route_prefix is not None, logging_config=quiet)
+    start_serve(config.ingress, http_options, routed=route_prefix is not None, logging_config=quiet)
     target = serve.RunTarget(app, name=name, route_prefix=route_prefix, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     begun = time.monotonic()

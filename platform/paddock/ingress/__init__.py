@@ -1,6 +1,6 @@
 """How requests reach the replicas: Serve's HAProxy, closed to the outside, or Serve's own proxy; and what both answer.
 
-    proxy.py      the errors that Serve itself gives, in the shape that clients expect; a second try where a replica died
+    proxy.py      what Serve itself says, in the shape that clients expect; another try where a replica died
     haproxy       what Serve starts as its HAProxy: haproxy.py, which closes the configuration that Serve wrote, then it
     answers.py    the shape of an error
 
