@@ -22,7 +22,6 @@ CAN_SURGE = "max_surge_percent" in inspect.signature(Deployment.options).paramet
 # What Serve changes in running replicas, or what is none of theirs.
 _CHANGED_ALIVE = (
     *("autoscaling", "max_ongoing_requests", "max_queued_requests", "allow_downtime", "ingress", "startup_timeout_s"),
-    "ray_actor_options",
 )
 
 

@@ -315,7 +315,7 @@ class ServePart(Settings):
     adapters: Location | None = None
     """A directory of LoRA adapter directories; requests name one as `model`. `engine.max_loras` serve at a time."""
     access: AccessPart = AccessPart()
-    ingress: How[Literal["auto", "haproxy", "serve"]] = "auto"
+    ingress: How[Literal["auto", "serve"]] = "auto"
     """What stands before the replicas: Serve's HAProxy, closed to the outside, where it runs, or Serve's own proxy. It
     is chosen when Serve starts."""
     allow_downtime: How[bool] = False

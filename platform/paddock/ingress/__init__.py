@@ -4,7 +4,10 @@
     haproxy       what Serve starts as its HAProxy: haproxy.py, which closes the configuration that Serve wrote, then it
     answers.py    the shape of an error
 
-Serve reads all of it from environment variables, which the process of its controller has to have.
+Serve reads all of it from environment variables, which the process of its controller has to have. They are set where
+Serve is started by `serve run deployments:app` or a job; for a cluster that is only deployed to:
+
+    eval "$(python -m paddock.ingress [HOST])" && ray start --head
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _EVERYWHERE = ("0.0.0.0", "::", "")
 def environment(wanted: str, host: str, several_nodes: bool) -> tuple[dict[str, str], str]:
     """The variables that Serve's controller is to be started with, and the line that says what they bring about.
 
-    wanted: `auto`, `haproxy` or `serve` (`serve.ingress`). host: where it will listen. several_nodes: whether the
+    wanted: `auto` or `serve` (`serve.ingress`). host: where it will listen. several_nodes: whether the
     cluster has more than one node, or may get them.
     """
     variables = {
