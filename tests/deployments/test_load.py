@@ -110,7 +110,7 @@ class Load:
         except httpx.HTTPError as error:
             self.lost.append(f"{how}: {error!r}")
             return None
-        if prompts.answer(text) in right:
+        if (text if how == "generate" else prompts.answer(text)) in right:
             self.ended["right"] += 1
         else:
             self.wrong.append(f"{how}: {text!r} is none of {right}")

@@ -6,6 +6,7 @@ import re
 import resource
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,13 @@ def _config_of(process: psutil.Process) -> str:
         return Path(_config_file(process)).read_text(encoding="utf-8")
     except (OSError, psutil.Error, ValueError):
         return ""
+
+
+def test_a_shell_reads_the_environment_of_a_ray_that_is_started_by_hand(root: Path) -> None:
+    script = f'eval "$({sys.executable} -m paddock.ingress)" && env'
+    done = subprocess.run(
+        ["sh", "-c", script], env={"PYTHONPATH": "platform"}, cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "ingress: HAProxy\n"
+    assert "RAY_SERVE_ENABLE_HA_PROXY=1\n" in done.stdout
+    assert f"PYTHONPATH={root / 'platform'}:{root}" in done.stdout

@@ -105,7 +105,7 @@ def _haproxy_environment() -> dict[str, str]:
         # A request whose replica dies before it has said anything goes to another; asked twice, a model says the same
         # or draws anew. It is kept for that if it fits into a buffer.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_RETRIES": "6",
         # One refused connection tells that a replica is gone; the next try then goes elsewhere.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
