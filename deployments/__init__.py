@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,17 +14,18 @@ import ray
 import torch
 from pydantic import ValidationError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 
-import paddock
-from deployments import keys
+from deployments import keys, replicas
 from deployments.limits import Limits
 from deployments.llm import LLM
-from paddock import cluster
+from paddock import cluster, ingress, service
 from paddock.config import ServeConfig, build, load, nearest
 from paddock.engine import check_engine_args, check_model
 from paddock.errors import ConfigError, PaddockError
 from paddock.prompts import load_template
+
+_HOST = "127.0.0.1"
 
 
 class AppError(PaddockError, click.ClickException):
@@ -60,16 +60,19 @@ def application(config: ServeConfig) -> Application:
     limits: Any = Limits
     deployment: Any = LLM
     return deployment.options(
+        **placed(config),
+        **({"max_surge_percent": 0 if config.allow_downtime else replicas.SURGE_PERCENT} if replicas.CAN_SURGE else {}),
         autoscaling_config=autoscaling(config.autoscaling),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=config.access.retry_after_s),
-        ray_actor_options=actor_options(config),
         # A replica that did not start with this config and model will not do so the next time either.
         max_constructor_retry_count=1,
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=60,
-    ).bind(config, template, known, limits.bind() if asked else None)
+        health_check_timeout_s=config.health_check_timeout_s + 5,  # the engine is given up before its replica is
+        # A replica that is to go finishes what it has begun.
+        graceful_shutdown_timeout_s=config.access.request_timeout_s,
+    ).bind(replicas.arguments(config), template, known, limits.bind() if asked else None)
 
 
 def autoscaling(values: Mapping[str, Any]) -> AutoscalingConfig:
@@ -85,34 +88,36 @@ def autoscaling(values: Mapping[str, Any]) -> AutoscalingConfig:
         raise ConfigError(f"serve.autoscaling: {wrong}") from None
 
 
-def actor_options(config: ServeConfig) -> dict[str, Any]:
-    """What Ray reserves for a replica: the configured, and the GPUs of its engine where there are any.
+def placed(config: ServeConfig) -> dict[str, Any]:
+    """What a replica takes, on the running cluster or on the one that `serve run` is about to start on this machine.
 
-    Raises ResourceError where the running cluster has no room for one replica and cannot make it.
+    In the first case Serve is started too, behind the configured ingress, where it does not run yet; in the second its
+    environment is prepared. Raises ResourceError where the cluster has no room for a replica and cannot make it.
     """
-    options = {**config.ray_actor_options, "runtime_env": _runtime_env(config.ray_actor_options)}
-    gpus = int(config.engine.get("tensor_parallel_size", 1)) * int(config.engine.get("pipeline_parallel_size", 1))
     joined = not ray.is_initialized()
     try:
         if joined:
-            # Only to ask: `serve run` connects by itself afterwards, with its own options.
-            ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
-        if "num_gpus" not in options and cluster.has_gpus():
-            options["num_gpus"] = gpus
-        cluster.require([{"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}], "a replica")
+            # Only for this: `serve run` connects by itself afterwards, with its own options.
+            ray.init(address="auto", namespace="serve", logging_level="ERROR", log_to_driver=False)
+        options = replicas.options(config, cluster.has_gpus())
+        bundles = [replicas.bundle(options["ray_actor_options"])]
+        cluster.require(bundles, "a replica")
+        replicas.require_room_for_change(config, bundles)
+        if joined:
+            service.start_serve(config.ingress, {"host": _HOST})
     except ConnectionError:
-        joined = False  # No cluster yet; `serve run` starts one on this machine.
-        if "num_gpus" not in options and torch.cuda.device_count():
-            options["num_gpus"] = gpus
+        joined = False
+        options = replicas.options(config, bool(torch.cuda.device_count()))
+        host = HTTPOptions().host or ""
+        if host != _HOST and os.environ.get("RAY_SERVE_DEFAULT_HTTP_HOST") != host:
+            raise ConfigError(
+                f"{ingress.ENABLED}=1 makes Serve listen on {host}: unset it (HAProxy stands before the replicas anyway"
+                " where it can), or say so with RAY_SERVE_DEFAULT_HTTP_HOST"
+            ) from None
+        variables, line = ingress.environment(config.ingress, host, several_nodes=False)
+        os.environ.update(variables)
+        print(line, flush=True)
     finally:
         if joined:
             ray.shutdown()
     return options
-
-
-def _runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configured runtime env, in which a replica finds these packages wherever Ray itself was started."""
-    runtime_env = dict(options.get("runtime_env", {}))
-    roots = [str(Path(file).resolve().parents[1]) for file in (str(paddock.__file__), __file__)]
-    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**runtime_env, "env_vars": {"PYTHONPATH": path, **runtime_env.get("env_vars", {})}}

@@ -17,24 +17,23 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging.handlers import WatchedFileHandler
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.keys import ApiKey, KeyRing
 from paddock.config_parts import AccessPart
+from paddock.ingress.answers import error_response
 from paddock.usage import CURRENT, Usage
 
 logger = logging.getLogger("ray.serve")
 
 _TO_HANG_UP_S = 0.1
 OPEN_PATHS = ("/health", "/is_ready")
-_KINDS = {401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError", 429: "RateLimitError"}
 
 
 class KeyLimits(Protocol):
@@ -53,25 +52,22 @@ class RefusedError(Exception):
         self.status, self.headers = status, dict(headers or {})
 
 
-def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in the shape that the clients of a path expect: the reference's for /generate, else OpenAI's."""
-    body: dict[str, Any]
-    if path == "/generate":
-        body = {"generated_text": "", "num_output_tokens_cf": 0, "error": message}
-    else:
-        kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-        body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return JSONResponse(body, status_code=status, headers=headers)
-
-
 class Gate:
     """An ASGI app around another one."""
 
     def __init__(
-        self, app: ASGIApp, part: AccessPart, keys: KeyRing, limits: KeyLimits | None = None, admin_app: Any = None
+        self,
+        app: ASGIApp,
+        part: AccessPart,
+        keys: KeyRing,
+        limits: KeyLimits | None = None,
+        admin_app: Any = None,
+        before_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """limits: needed where a key has any. admin_app: answers `part.admin_routes`."""
+        """limits: needed where a key has any. admin_app: answers `part.admin_routes`. before_answer: called when an
+        answer is about to begin; nothing of it has been sent by then."""
         self._app, self._part, self._keys, self._limits, self._admin_app = app, part, keys, limits, admin_app
+        self._before_answer = before_answer
         self._log = request_log(part.request_log)
         self._entered: ASGIApp = self._enter
         if part.allowed_origins:
@@ -90,7 +86,7 @@ class Gate:
             await self._app(scope, receive, send)
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun, usage, answer = time.monotonic(), Usage(), _Answer(send)
+        begun, usage, answer = time.monotonic(), Usage(), _Answer(send, self._before_answer)
         path, key, request_id = _path(scope), None, _request_id(scope)
         CURRENT.set(usage)
         try:
@@ -205,10 +201,14 @@ class Gate:
 
 
 class _Answer:
-    """`send`, knowing what was sent."""
+    """`send`, knowing what was sent. It keeps the headers until there is something to say: before the first byte a
+    request can still be answered by another replica, or otherwise."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.status, self._stream, self.complete = send, 0, False, False
+    def __init__(self, send: Send, before: Callable[[], None]) -> None:
+        self._send, self._before = send, before
+        self._headers: Message | None = None
+        self._sent = self._stream = self.complete = False
+        self.status = 0
         self.muted = False
         """Set when nothing that the app may still say is for the client."""
 
@@ -216,17 +216,23 @@ class _Answer:
         if self.muted:
             return
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self._headers = message["status"], message
             self._stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-        elif message["type"] == "http.response.body":
+            return
+        if message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
+        if self._headers is not None and not self._sent:
+            self._before()
+            self._sent = True
+            await self._send(self._headers)
         await self._send(message)
 
     async def fail(self, scope: Scope, status: int, message: str) -> None:
         """Tell the client of a failure, in the stream where one has begun."""
         response = error_response(_path(scope), status, message)
-        if not self.status:
-            self.status = status
+        if not self._sent:
+            self._before()
+            self.status, self._sent = status, True
             await response(scope, _nothing, self._send)
         elif not self.complete:
             self.status = status

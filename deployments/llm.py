@@ -27,12 +27,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import paddock
 from deployments import models, openapi, reference
-from deployments.access import Gate, error_response, logger
+from deployments.access import Gate, logger
 from deployments.keys import ApiKey, KeyRing
 from deployments.metrics import RayExport
 from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.engine import Engine, sampling_params
+from paddock.errors import ServiceError
+from paddock.ingress.answers import error_response
 from paddock.prompts import Template
 
 http = FastAPI(title="Paddock", version=paddock.__version__, docs_url=None, redoc_url=None, openapi_url=None)
@@ -120,7 +122,7 @@ class LLM:
         self.exporting = asyncio.ensure_future(RayExport().run())
 
     def gate(self, app: ASGIApp) -> Gate:
-        return Gate(app, self.config.access, self.keys, self.limits, self.openai_app)
+        return Gate(app, self.config.access, self.keys, self.limits, self.openai_app, self.leave_if_dead)
 
     @http.post("/generate")
     async def generate_http(self, request: Request) -> Response:
@@ -130,8 +132,8 @@ class LLM:
     @http.get("/is_ready")
     async def is_ready(self) -> bool:
         try:
-            await self.engine.check_health()
-        except Exception:
+            await self.engine.check_health(self.config.health_check_timeout_s)
+        except ServiceError:
             return False
         return True
 
@@ -177,6 +179,7 @@ class LLM:
             "model": self.config.model,
             "model_hash": self.model_hash,
             "engine": self.config.engine,
+            "arguments": self.config.model_dump(mode="json"),
             "served_model_name": self.engine.served_model_name,
             "max_model_len": self.engine.max_model_len,
             "dtype": self.engine.dtype,
@@ -184,8 +187,24 @@ class LLM:
         }
 
     async def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
-        await self.engine.check_health()
+        """Serve asks every few seconds, and replaces a replica whose process has ended.
+
+        That is quicker than telling it so, which it would have to be told three times, while a dead engine refuses
+        requests faster than others answer them and so gets most of them. Those that it had are asked again elsewhere.
+        """
+        try:
+            await self.engine.check_health(self.config.health_check_timeout_s)
+        except ServiceError as error:
+            logger.error("this replica ends: %s", error)
+            self.engine.kill()
+            os._exit(1)
+
+    def leave_if_dead(self) -> None:
+        """End this replica before it passes on what a dead engine says."""
+        if self.engine.is_dead():
+            logger.error("this replica ends: the engine is dead")
+            self.engine.kill()
+            os._exit(1)
 
     async def __del__(self) -> None:
         if hasattr(self, "engine"):

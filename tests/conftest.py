@@ -33,7 +33,7 @@ from paddock.cluster import disconnect
 from paddock.config import MergeConfig, ServeConfig
 from paddock.demo import make_assets
 from paddock.merge import merge
-from paddock.service import start
+from paddock.service import start, start_serve
 
 ROOT = Path(__file__).parent.parent
 # Jobs are submitted as `python -m jobs.x`, to a cluster whose `python` is this one.
@@ -96,7 +96,20 @@ class Service:
 
 
 @pytest.fixture(scope="session")
-def service(ray_cluster: Cluster, base_model: Path) -> Service:
+def http_port(ray_cluster: Cluster) -> int:
+    """The port of the session's Serve, behind the ingress that a user would get; PADDOCK_TEST_INGRESS takes another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    start_serve(
+        os.environ.get("PADDOCK_TEST_INGRESS", "auto"), {"host": "127.0.0.1", "port": port}, logging_config=quiet
+    )
+    return port
+
+
+@pytest.fixture(scope="session")
+def service(http_port: int, base_model: Path) -> Service:
     """One service for all tests that ask it something; it goes with the cluster."""
     config = ServeConfig(
         model=str(base_model),
@@ -104,11 +117,8 @@ def service(ray_cluster: Cluster, base_model: Path) -> Service:
         autoscaling={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 64},
         ray_actor_options={"num_cpus": 0.5},
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start(config, "default", http_options={"host": "127.0.0.1", "port": port})
-    return Service(f"http://127.0.0.1:{port}", "default", config)
+    start(config, "default")
+    return Service(f"http://127.0.0.1:{http_port}", "default", config)
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ ALLOWED = {
     "adapters": "errors manifest merge_adapter merge_operations weights",
     "usage": "",
     "engine": "adapters config data errors manifest prompts storage usage",
-    "service": "cluster config errors manifest prompts",
+    "ingress": "",
+    "service": "cluster config errors ingress manifest prompts",
     "ledger": "errors storage",
     "unmerged": "errors lora merge_adapter storage",
     "clients": "config data engine errors lora prompts",
@@ -91,7 +92,7 @@ ALLOWED = {
     "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
     " storage submission trainer",
     # measurements, which may look into everything
-    "benchmark": "acceleration clients cluster config config_parts data demo engine errors feed ledger"
+    "benchmark": "acceleration clients cluster config config_parts data demo engine errors feed ingress ledger"
     " lora manifest merge merge_plan packing predict prompts proof service shard_tasks shards"
     " storage train weights",
 }

@@ -100,9 +100,20 @@ def require(bundles: Sequence[Resources], what: str) -> None:
         print(f"{what}: waiting for {', '.join(awaited)} to be free or added by the autoscaler", flush=True)
 
 
+def has_room(bundles: Sequence[Resources]) -> bool:
+    """Whether all bundles fit at once into what is free now, or into what an autoscaler can add."""
+    free = list(ray_state.available_resources_per_node().values())
+    return not min((_unplaced(bundles, nodes) for nodes in (free, _nodes_when_grown())), key=len)
+
+
 def has_gpus() -> bool:
     """Whether the cluster has, or can grow to, a GPU."""
     return any(node.get("GPU", 0) > 0 for node in (*_nodes(), *_nodes_when_grown()))
+
+
+def has_several_nodes() -> bool:
+    """Whether the cluster has, or can grow to, more than one node."""
+    return max(len(_nodes()), len(_nodes_when_grown())) > 1
 
 
 def _nodes() -> list[Resources]:

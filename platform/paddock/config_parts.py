@@ -335,6 +335,13 @@ class ServePart(Settings):
     adapters: Location | None = None
     """A directory of LoRA adapter directories; requests name one as `model`. `engine.max_loras` serve at a time."""
     access: AccessPart = AccessPart()
+    ingress: How[Literal["auto", "serve"]] = "auto"
+    """What stands before the replicas: Serve's HAProxy, closed to the outside, where it runs, or Serve's own proxy. It
+    is chosen when Serve starts."""
+    allow_downtime: How[bool] = False
+    """A change of what is served may stop replicas before their successors answer, where there is no room for both."""
+    health_check_timeout_s: How[float] = Field(default=30, gt=0)
+    """How long the engine may be silent, whatever it computes, before its replica is replaced."""
     startup_timeout_s: float = Field(default=900, gt=0)
     """How long the first replica may take to be ready."""
 

@@ -6,6 +6,7 @@ what serves.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +16,9 @@ from ray import serve
 from ray._common.utils import import_attr
 from ray.serve.schema import ApplicationStatus
 
-from paddock import manifest
+from paddock import cluster, ingress, manifest
 from paddock.config import ServeConfig
-from paddock.errors import ServiceError
+from paddock.errors import ResourceError, ServiceError
 from paddock.prompts import load_template
 
 IMPORT_PATH = "deployments:app"
@@ -76,6 +77,34 @@ def application(config: ServeConfig) -> Any:
     return import_attr(IMPORT_PATH)(config.model_dump())
 
 
+def start_serve(wanted: str, http_options: Mapping[str, Any], *, routed: bool = True, **options: Any) -> None:
+    """Start Serve, where it does not run yet, behind an ingress (a configuration's `serve.ingress`), and say which.
+
+    options: `serve.start`'s. Without a route nobody comes in over HTTP, and Serve's own proxy does. Raises
+    ResourceError where another listens already.
+    """
+    if not serve.status().proxies:
+        host, port = str(http_options.get("host", "127.0.0.1")), int(http_options.get("port", 8000))
+        if routed:
+            _require_port(host, port)
+        several = cluster.has_several_nodes()
+        variables, line = ingress.environment(wanted if routed else "serve", host, several)
+        options["controller_options"] = {"runtime_env": {"env_vars": variables}}
+        if routed:
+            print(line, flush=True)
+    serve.start(http_options=dict(http_options), **options)
+
+
+def _require_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); end what does, or give another port"
+        ) from None
+
+
 def start(
     config: ServeConfig,
     name: str = "default",
@@ -91,7 +120,8 @@ def start(
     app = application(config)
     # A line a request is for `serve run`; here a progress bar tells the same.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(http_options=http_options or {"host": "127.0.0.1"}, logging_config=quiet)
+    http_options = http_options or {"host": "127.0.0.1"}
+    start_serve(config.ingress, http_options, routed=route_prefix is not None, logging_config=quiet)
     target = serve.RunTarget(app, name=name, route_prefix=route_prefix, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     begun = time.monotonic()

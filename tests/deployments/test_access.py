@@ -213,3 +213,39 @@ def test_the_part_is_read_from_a_command_line() -> None:
     config = load(ServeConfig, None, ["model=/m", origins, "access.max_body_bytes=10"])
     assert config.access.allowed_origins == ("https://a.example", "https://b.example")
     assert config.access.max_body_bytes == 10
+
+
+def test_nothing_is_sent_before_there_is_something_to_say() -> None:
+    """Until then another replica can still answer."""
+    events: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        events.append("headers are ready")
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: 2\n\n"})
+
+    async def call() -> None:
+        async def receive() -> Any:
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b""} if not events else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            events.append(message["type"])
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await Gate(app, AccessPart(), KeyRing(), before_answer=lambda: events.append("before"))(scope, receive, send)
+
+    asyncio.run(call())
+    body = "http.response.body"
+    assert events == ["headers are ready", "before", "http.response.start", body, body]
+
+
+def test_a_failure_before_the_first_word_is_no_200() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError(SECRET)
+
+    said = ask(gate_of(app=app))
+    assert said.status_code == 500
+    assert SECRET not in said.text

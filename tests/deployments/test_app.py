@@ -13,6 +13,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 import deployments
+from deployments import replicas
 from paddock.config import ServeConfig, build
 from paddock.errors import ConfigError, PaddockError
 
@@ -39,6 +40,7 @@ def test_a_command_line_becomes_the_deployment(assets: Path) -> None:
     config, template, keys, limits = deployment.init_args
     assert (keys, limits) == ((), None)
     assert deployment._deployment_config.backpressure_config.status_code == 429
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 600
     assert config.engine == {"max_model_len": 512}
     assert "{input}" in template.text
     assert deployment.name == "LLM"
@@ -49,18 +51,10 @@ def test_a_command_line_becomes_the_deployment(assets: Path) -> None:
     assert deployment._deployment_config.autoscaling_config.target_ongoing_requests == 9
 
 
-def test_a_replica_finds_these_packages_wherever_ray_was_started(root: Path) -> None:
-    options = {"runtime_env": {"pip": ["x"], "env_vars": {"A": "1"}}}
-    runtime_env = deployments._runtime_env(options)
-    assert runtime_env["pip"] == ["x"]
-    assert runtime_env["env_vars"]["A"] == "1"
-    assert runtime_env["env_vars"]["PYTHONPATH"].split(os.pathsep)[:2] == [str(root / "platform"), str(root)]
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_tree_is_taken_as_well(assets: Path) -> None:
     config = ServeConfig(model=str(assets / "base"), engine={"max_model_len": 256})
-    assert options(deployments.app(config.model_dump())).init_args[0] == config
+    assert options(deployments.app(config.model_dump())).init_args[0] == replicas.arguments(config)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -69,16 +63,6 @@ def test_a_replica_that_no_node_can_hold_is_refused(assets: Path) -> None:
         deployments.app({"model": str(assets / "base"), "ray_actor_options.num_cpus": "100"})
     with pytest.raises(PaddockError, match=r"a replica needs 1 x 1 CPU \+ 1 GPU"):
         deployments.app({"model": str(assets / "base"), "ray_actor_options.num_gpus": "1"})
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_replica_takes_the_gpus_of_its_engine_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("paddock.cluster.has_gpus", lambda: True)
-    monkeypatch.setattr("paddock.cluster.require", lambda bundles, what: asked.extend(bundles))
-    config = ServeConfig(model="/m", engine={"tensor_parallel_size": 2})
-    assert deployments.actor_options(config)["num_gpus"] == 2
-    assert asked == [{"CPU": 1, "GPU": 2}]
 
 
 @pytest.mark.parametrize(

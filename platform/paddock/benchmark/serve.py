@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from paddock import lora
+from paddock import ingress, lora
 from paddock.benchmark import Record
 from paddock.benchmark.apart import Apart
 from paddock.benchmark.random_llama import LlamaBenchmarkConfig, hf_generate, write_model, write_weights
@@ -91,8 +91,8 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
     """Those that `fp8` adds to ours."""
     serve: dict[str, Any] = Field(default_factory=dict)
     """Keys of our service (`serve run deployments:app KEY=...`) beside its model and engine."""
-    ha_proxy: bool | None = None
-    """Ours behind HAProxy, or Serve's own proxy; null leaves it to the service."""
+    ingress: Literal["auto", "serve"] = "auto"
+    """What stands before our replica (`serve.ingress`)."""
     together: bool | None = None
     """Both servers at once; null where the card has room for it."""
     startup_timeout_s: float = 400
@@ -254,9 +254,10 @@ class _Benchmark:
         else:
             arguments = self._ours(self.engine if side == OURS else _changed(self.engine, self.config.fp8))
             command = serve_run(self.place / f"{side}.yaml", port, arguments)
-            if self.config.ha_proxy is not None:
-                on = {"RAY_SERVE_ENABLE_HA_PROXY": str(int(self.config.ha_proxy)), "RAY_SERVE_HAPROXY_MAXCONN": "4000"}
-                environment |= on
+            # The Ray that this starts has Serve's controller in it, which chooses the ingress by its environment.
+            variables, line = ingress.environment(self.config.ingress, "127.0.0.1", several_nodes=False)
+            self.record.say(line)
+            environment |= variables
         url, log = f"http://127.0.0.1:{port}", self.place / f"{side}.log"
         return running(side, command, url, log, self.record.say, **environment)
 

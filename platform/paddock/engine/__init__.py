@@ -11,11 +11,12 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 
 from paddock import manifest, prompts, storage
@@ -142,6 +143,9 @@ class Engine:
             if engine.get("tensor_parallel_size", 1) == 1:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")
+        if int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1)) > 1:
+            # In a placement group vLLM would start its workers as actors, which find no room in the replica's own.
+            engine.setdefault("distributed_executor_backend", "mp")
         with _as_config_error():
             self._args = AsyncEngineArgs(model=str(model), served_model_name=self.served_model_name, **engine)
             # Without a context vLLM takes the sizes of a batch that a test would.
@@ -283,12 +287,27 @@ class Engine:
                 openai_app.open_adapters(self._openai_app, self._find)
         return self._openai_app
 
-    async def check_health(self) -> None:
-        """Raise ServiceError where the engine is dead."""
+    async def check_health(self, timeout_s: float) -> None:
+        """Raise ServiceError where the engine is dead, or has not answered within `timeout_s`.
+
+        It answers between two steps: a step that takes longer counts as one that never ends.
+        """
         try:
             await self._llm.check_health()
+            await asyncio.wait_for(self._llm.is_sleeping(), timeout_s)
+        except TimeoutError:
+            raise ServiceError(f"the engine has been silent for {timeout_s:g} s") from None
         except Exception as error:
             raise ServiceError(f"the engine is dead: {_line(error)}") from error
+
+    def is_dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    def kill(self) -> None:
+        """End the engine's processes at once, also those that hang."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""

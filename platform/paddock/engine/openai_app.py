@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -30,6 +31,7 @@ async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
     app = build_app(args, tasks, llm.model_config)
     app.add_exception_handler(AttributeError, _answer_harmony)
     await init_app_state(llm, app.state, args, tasks)
+    app.state.server = SimpleNamespace()  # what vLLM tells to stop where the engine is dead
     return app
 
 

