@@ -97,6 +97,8 @@ def placed(config: ServeConfig) -> dict[str, Any]:
     joined = not ray.is_initialized()
     try:
         if joined:
+            if os.environ.get("RAY_ADDRESS") == "local":
+                raise ConnectionError  # Ray would start a cluster here, too
             # Only for this: `serve run` connects by itself afterwards, with its own options.
             ray.init(address="auto", namespace="serve", logging_level="ERROR", log_to_driver=False)
         options = replicas.options(config, cluster.has_gpus())

@@ -107,6 +107,7 @@ def test_the_openai_client_works(service: Service) -> None:
 
 def test_what_is_served_can_be_asked(service: Service) -> None:
     about = service.handle.describe.remote().result()
+    assert about.pop("arguments")["engine"] == {"dtype": "float32", "max_model_len": 512}
     assert about == {
         "model": str(service.model),
         "model_hash": manifest.fingerprint(service.model),

@@ -282,6 +282,12 @@ def test_more_than_the_queues_hold_is_a_429_to_be_tried_again(public: Public) ->
     assert {response.status_code for response in responses} == {200, 429}
     refused = next(response for response in responses if response.status_code == 429)
     assert refused.headers["retry-after"] == "1"
+    assert {**refused.json()["error"], "message": ""} == {
+        "message": "",
+        "type": "RateLimitError",
+        "param": None,
+        "code": 429,
+    }
 
 
 FUZZ: list[bytes] = [
