@@ -37,7 +37,7 @@ def bench(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
     with redirect_stdout(io.StringIO()) as printed:
         result = serve.main(parser.parse_args(list(arguments)))
     if result["failed"]:
-        first = next((error for error in result["errors"] if error), "no reason given")
+        first = next((error for error in result.get("errors", ()) if error), "no reason given")
         raise ServiceError(f"{result['failed']} requests failed, the first one with: {first[-500:]}")
     each = ("input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts", "errors")
     return {key: value for key, value in result.items() if key not in each}, printed.getvalue()
