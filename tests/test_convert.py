@@ -131,6 +131,15 @@ def test_sharded_output_and_tied_weights(tmp_path: Path) -> None:
     assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+def test_ray_tasks_write_what_one_process_does(grouped: Path, tmp_path: Path, ray_cluster: Any) -> None:
+    meta = run(grouped, tmp_path / "meta", output_type="pth")
+    here = run(meta, tmp_path / "here", max_shard_size="60KB", num_workers=1)
+    there = run(meta, tmp_path / "there", max_shard_size="60KB", num_workers=2)
+    files = [file.name for file in here.glob("model*")]
+    assert len(files) > 3
+    assert [(there / name).read_bytes() for name in files] == [(here / name).read_bytes() for name in files]
+
+
 def test_tokenizer_one_directory_up(assets: Path, tmp_path: Path) -> None:
     for name in ("consolidated.00.pth", "params.json"):
         (tmp_path / "LLaMA" / "7B").mkdir(parents=True, exist_ok=True)
