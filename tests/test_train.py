@@ -93,6 +93,11 @@ def _curve(run: str) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
 
 
+def _dev_losses(run: Path) -> dict[int, float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {record["step"]: record["dev_loss"] for record in lines if "dev_loss" in record}
+
+
 def _kill_a_worker(run: str, after: int) -> None:
     """SIGKILL a training process once the run has told of a step."""
     while not (Path(run) / "metrics.jsonl").exists() or len(_curve(run)) < after:
@@ -170,7 +175,7 @@ def test_a_killed_job_goes_on_to_the_same_end(
     rows = read_rows(train_tree["data"]["train"])[:400]
     write_records(tmp_path / "train.json", [row.as_record() for row in rows])
     train_tree["data"]["train"] = str(tmp_path / "train.json")
-    train_tree["train"] |= {"max_steps": 8, "save_steps": 4}
+    train_tree["train"] |= {"max_steps": 8, "save_steps": 4, "eval_steps": 2}
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(train_tree))
     env = {**os.environ, "PYTHONPATH": f"{root / 'platform'}:{root}", "RAY_ADDRESS": "local"}
@@ -191,3 +196,4 @@ def test_a_killed_job_goes_on_to_the_same_end(
     last = "checkpoint-8"
     assert (tmp_path / "cut" / last / WEIGHTS).read_bytes() == (tmp_path / "whole" / last / WEIGHTS).read_bytes()
     assert _curve(str(tmp_path / "cut")) == _curve(str(tmp_path / "whole"))
+    assert _dev_losses(tmp_path / "cut") == pytest.approx(_dev_losses(tmp_path / "whole"), rel=1e-9)

@@ -138,7 +138,7 @@ def _train(attempt: Attempt, stack: ExitStack) -> int:
         ends = step.stop or last
         saves = ends or step.save or done % recipe.save_steps == 0
         dev_losses: dict[str, Any] = {}
-        due = last or (not step.stop and (done % recipe.eval_steps == 0 or (saves and recipe.best_by == "dev_loss")))
+        due = last or done % recipe.eval_steps == 0 or (saves and not step.stop and recipe.best_by == "dev_loss")
         if dev is not None and due:
             dev_losses = evaluate(model, dev, recipe.per_device_train_batch_size, rank, world)
         if journal:
