@@ -9,7 +9,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.deployment import Deployment
+from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
 from paddock import cluster, ingress
@@ -70,8 +72,14 @@ def require_room_for_change(config: ServeConfig, bundles: Sequence[Mapping[str, 
         replicas = app.deployments["LLM"].replica_states.get("RUNNING", 0) if "LLM" in app.deployments else 0
         if app.status != ApplicationStatus.DEPLOYING or not replicas:
             continue
-        about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
-        if about["arguments"] == arguments(config).model_dump(mode="json"):
+        try:
+            about = serve.get_app_handle(name).describe.remote().result(timeout_s=60)
+        except (TimeoutError, RayError, BackPressureError) as error:
+            raise ResourceError(
+                f"{name!r} does not say what it serves ({type(error).__name__}), so this may cut requests;"
+                " try again when it has less to do, or give serve.allow_downtime=true"
+            ) from None
+        if about.get("arguments") == arguments(config).model_dump(mode="json"):
             continue
         more = math.ceil(replicas * SURGE_PERCENT / 100)
         if not CAN_SURGE and replicas == 1:

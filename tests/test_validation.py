@@ -85,7 +85,8 @@ def test_checkpoints_are_scored_beside_the_training(
         assert said["step"] == step
         assert 0 <= said["interval"]["low"] <= said["score"] <= said["interval"]["high"] <= 100
         assert said["score_by_task"].keys() == {row.task_dataset for row in rows}
-        answers = read_rows(run / "scores" / f"checkpoint-{step}" / "test_predictions.json")
+        (answered,) = (run / "scores").glob(f"checkpoint-{step}-*/test_predictions.json")
+        answers = read_rows(answered)
         assert [row.sample_id for row in answers] == [row.sample_id for row in rows]
     # One that has none is scored by the same command.
     (run / "scores" / "checkpoint-4.json").unlink()

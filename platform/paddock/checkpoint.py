@@ -130,15 +130,18 @@ def score_file(run: str | Path, step: int) -> str | Path:
     return storage.join(run, SCORES, f"checkpoint-{step}.json")
 
 
+def read_score(run: str | Path, step: int) -> dict[str, Any] | None:
+    """What is said there, or None."""
+    if not storage.exists(score_file(run, step)):
+        return None
+    with storage.reading(score_file(run, step)) as stream:
+        return dict(json.load(stream))
+
+
 def scores(run: str | Path) -> dict[int, float]:
     """The scores of the checkpoints that have one, by step."""
-    named = set(storage.children(storage.join(run, SCORES)))
-    found: dict[int, float] = {}
-    for step in steps(run):
-        if f"checkpoint-{step}.json" in named:
-            with storage.reading(score_file(run, step)) as stream:
-                found[step] = float(json.load(stream)["score"])
-    return found
+    found = {step: read_score(run, step) for step in steps(run)}
+    return {step: float(said["score"]) for step, said in found.items() if said is not None}
 
 
 def prune(run: str | Path, keep: int | None, *, best_by: str | None = None, scored: bool = False) -> None:

@@ -102,8 +102,15 @@ def require(bundles: Sequence[Resources], what: str) -> None:
 
 def has_room(bundles: Sequence[Resources]) -> bool:
     """Whether all bundles fit at once into what is free now, or into what an autoscaler can add."""
-    free = list(ray_state.available_resources_per_node().values())
-    return not min((_unplaced(bundles, nodes) for nodes in (free, _nodes_when_grown())), key=len)
+    free = ray_state.available_resources_per_node()
+    # A grown cluster begins empty: what is in use takes its place first.
+    used = [
+        {name: amount - free.get(node["NodeID"], {}).get(name, 0.0) for name, amount in node["Resources"].items()}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    taken = [{name: amount for name, amount in bundle.items() if name in ("CPU", "GPU")} for bundle in used]
+    return not _unplaced(bundles, list(free.values())) or not _unplaced([*taken, *bundles], _nodes_when_grown())
 
 
 def has_gpus() -> bool:

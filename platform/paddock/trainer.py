@@ -67,8 +67,7 @@ def train(config: TrainConfig) -> str | Path:
             found = checkpoint.find_last(run, identity, inputs)
             if found is not None and checkpoint.step_of(found) == steps:
                 print(f"{last}: already trained with this configuration; nothing to do")
-                validation.score_missing(config)
-                return last
+                return _ended(config, last)
             quiet = config.train.disable_tqdm
             attempt = Attempt(
                 config=config,
@@ -83,16 +82,21 @@ def train(config: TrainConfig) -> str | Path:
             if done < steps:
                 print(f"{checkpoint.path(run, done)}: saved; the same command goes on from there", flush=True)
                 sys.exit(_TERMINATED)
-            validation.score_missing(config)
-            recipe = config.train
-            checkpoint.prune(run, recipe.save_total_limit, best_by=recipe.best_by, scored=recipe.predict_with_generate)
-        manifest.verify(last)
-        if config.train.best_by:
-            best = checkpoint.best(run, config.train.best_by)
-            print(f"best by {config.train.best_by}: {checkpoint.path(run, best) if best else 'none'}", flush=True)
-        return last
+            manifest.verify(last)
+            return _ended(config, last)
     finally:
         cluster.disconnect(started)
+
+
+def _ended(config: TrainConfig, last: str | Path) -> str | Path:
+    """What is left to do when all steps are done: scores that are missing, and which checkpoints stay."""
+    run, recipe = config.output_dir, config.train
+    validation.score_missing(config)
+    checkpoint.prune(run, recipe.save_total_limit, best_by=recipe.best_by)
+    if recipe.best_by:
+        best = checkpoint.best(run, recipe.best_by)
+        print(f"best by {recipe.best_by}: {checkpoint.path(run, best) if best else 'none'}", flush=True)
+    return last
 
 
 def check_config(config: TrainConfig) -> None:
@@ -225,11 +229,16 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, TorchConfig]
 
 
 class _Refusal(ray.train.UserCallback):  # type: ignore[misc]
-    """A mistake that the user can fix is not tried again: raised in Ray Train's controller, it ends the run."""
+    """A mistake that the user can fix is not tried again: raised in Ray Train's controller, it ends the run, and with
+    it the scoring of checkpoints, for which Ray Train would wait."""
+
+    def __init__(self, stop_flag: str) -> None:
+        self.stop_flag = stop_flag
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for failure in worker_exceptions.values():
             if isinstance(failure, PaddockError):
+                cluster.ask_to_stop(self.stop_flag)
                 raise failure
 
 
@@ -242,7 +251,7 @@ def _fit(attempt: Attempt, scaling: Any, backend: Any) -> int:
         storage_path=str(storage.join(config.output_dir, "ray_train")),
         logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
-        callbacks=[_Refusal()],
+        callbacks=[_Refusal(attempt.stop_flag)],
     )
     trainer = TorchTrainer(
         train_worker,

@@ -1,10 +1,11 @@
 """Generation scores of a run's checkpoints: their answers to the dev rows, scored as the benchmark does.
 
-    RUN/scores/checkpoint-800.json     score, its interval, score_by_task
-    RUN/scores/checkpoint-800/         the answers (of a run at a URI: on the node that asked for them)
+    RUN/scores/checkpoint-800.json           score, its interval, score_by_task
+    RUN/scores/checkpoint-800-1a2b3c4d/      the answers (of a run at a URI: on the node that asked for them)
 
 Ray Train scores a checkpoint beside the workers, one after the other, on resources of their own: the training does not
-wait. What was not scored when it ended, because something died, is scored then.
+wait. What was not scored when it ended, because something died, is scored then. Scores count while rows, engine and
+sampling are what they were taken with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import ray.train
 
 from paddock import checkpoint, cluster, manifest, storage
 from paddock.config import PredictConfig, TrainConfig, build
-from paddock.data import Row, write_records
+from paddock.data import Row, content_hash, write_records
 from paddock.dataset import load_rows
 from paddock.errors import ConfigError, OutputError
 from paddock.scoring import profile_of
@@ -51,6 +52,15 @@ def check(config: TrainConfig, dev: list[Row]) -> None:
             f"train.predict_with_generate: two dev rows have the sample_id {twice[0]!r}; give them others"
         )
     profile_of(dev)
+    foreign = sorted(config.validation.resources.keys() - {"CPU", "GPU"})
+    if foreign:
+        raise ConfigError(f"validation.resources.{foreign[0]}: an engine takes CPU and GPU only; leave it out")
+
+
+def key(config: TrainConfig, dev: list[Row]) -> str:
+    """What scores depend on beside the checkpoint: two of another key are not to be compared."""
+    asked = config.validation.model_dump(mode="json", exclude={"resources"})
+    return manifest.config_hash({"validation": asked, "dev": content_hash(dev)})[:8]
 
 
 def resources(config: TrainConfig, gpus: bool) -> dict[str, float]:
@@ -94,6 +104,8 @@ def _score_pointer(pointer: ray.train.Checkpoint, *, config: TrainConfig, stop_f
     written = storage.join(checkpoint.path(config.output_dir, step), manifest.NAME)
     deadline = time.monotonic() + _UPLOAD_S
     while not storage.exists(written):
+        if cluster.Watch(stop_flag).stops():
+            return {}
         if time.monotonic() > deadline:
             raise OutputError(f"{written}: not there after {_UPLOAD_S:g} s; was the upload refused?")
         time.sleep(1)
@@ -104,19 +116,25 @@ def score_missing(config: TrainConfig) -> None:
     """Score the checkpoints that are there and have no score yet."""
     if config.train.predict_with_generate:
         for step in checkpoint.steps(config.output_dir):
-            if step not in checkpoint.scores(config.output_dir):
+            try:
                 score(config, step)
+            except OutputError as error:
+                print(f"warning: {error}; it has no score", flush=True)
 
 
 def score(config: TrainConfig, step: int) -> dict[str, Any]:
     """Let a checkpoint answer the dev rows; returns, and leaves beside the run, what its answers are worth."""
     from paddock.sweep import score_adapter  # training workers, which import this module, need none of it
 
-    run = config.output_dir
-    place = storage.workplace(run) / checkpoint.SCORES / f"checkpoint-{step}"
-    gold = place.with_name("dev.json")
+    run, dev = config.output_dir, load_rows(config).dev
+    now = key(config, dev)
+    found = checkpoint.read_score(run, step)
+    if found is not None and found["key"] == now:
+        return found
+    place = storage.workplace(run) / checkpoint.SCORES / f"checkpoint-{step}-{now}"
+    gold = place.with_name(f"dev-{now}.json")
     gold.parent.mkdir(parents=True, exist_ok=True)
-    write_records(gold, [row.as_record() for row in load_rows(config).dev])
+    write_records(gold, [row.as_record() for row in dev])
     asked = config.validation
     room = resources(config, cluster.has_gpus())
     predict = build(
@@ -136,7 +154,7 @@ def score(config: TrainConfig, step: int) -> dict[str, Any]:
         },
     )
     scored = score_adapter(predict, str(gold))
-    record = {"step": step, **{name: scored[name] for name in ("score", "interval")}}
+    record = {"step": step, "key": now, **{name: scored[name] for name in ("score", "interval")}}
     record["score_by_task"] = {name: task["score"] for name, task in scored["tasks"].items()}
     storage.write_text(checkpoint.score_file(run, step), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     print(f"{checkpoint.path(run, step)}: score {record['score']:.2f} on the dev rows", flush=True)

@@ -26,6 +26,7 @@ ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 _LAUNCHER = Path(__file__).with_name("haproxy")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EVERYWHERE = ("0.0.0.0", "::", "")
+_NODE_ID, _LONGEST_SOCKET = 56, 97  # characters: of a Ray node's id, of a socket's path in HAProxy
 
 
 def environment(wanted: str, host: str, several_nodes: bool) -> tuple[dict[str, str], str]:
@@ -60,9 +61,9 @@ def _why_not_haproxy(host: str, several_nodes: bool) -> str | None:
         return f"HAProxy cannot reach replicas on other nodes while they listen on {host} only"
     if not os.access(_LAUNCHER, os.X_OK):
         return f"{_LAUNCHER} is not executable"
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "haproxy.cfg")
-        file.write_text(_PROBE.format(place=place), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "haproxy.cfg")
+        file.write_text(_PROBE.format(place=f"{_private_directory()}/{'0' * _NODE_ID}"), encoding="utf-8")
         try:
             tried = subprocess.run(
                 [_LAUNCHER, "-c", "-f", file],
@@ -79,13 +80,14 @@ def _why_not_haproxy(host: str, several_nodes: bool) -> str | None:
 
 
 _PROBE = """global
-    stats socket {place}/admin.sock mode 666 level admin expose-fd listeners
+    stats socket {place}/metrics.sock mode 666 level admin expose-fd listeners
     maxconn 4096
 defaults
     mode http
     timeout connect 5s
     timeout client 5s
     timeout server 5s
+    errorfile 503 /dev/null
 frontend http_frontend
     bind 127.0.0.1:1
 """
@@ -123,13 +125,15 @@ def _launcher_environment() -> dict[str, str]:
 def _private_directory() -> str:
     """A directory that only this user may enter: who may write to the socket in it commands HAProxy.
 
-    Its name is short, for Serve adds 57 characters and a socket's path ends at 107.
+    Its name is short: Serve adds its node's id, and HAProxy takes socket paths of 97 characters.
     """
-    place = Path(tempfile.gettempdir(), f"paddock-{os.getuid()}")
+    name = f"paddock-{os.getuid()}"
+    fits = len(f"{tempfile.gettempdir()}/{name}/{'0' * _NODE_ID}/metrics.sock") <= _LONGEST_SOCKET
+    place = Path(tempfile.gettempdir() if fits else "/tmp", name)  # its owner is looked at
     place.mkdir(mode=0o700, exist_ok=True)
     found = place.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        place = Path(tempfile.mkdtemp(prefix="p-"))
+        place = Path(tempfile.mkdtemp(prefix="p-", dir=place.parent))
     return str(place)
 
 

@@ -126,7 +126,8 @@ class _Answer:
     def _error(self, status: int, headers: Headers) -> JSONResponse:
         kept = {name: headers[name] for name in ("retry-after", "x-request-id") if name in headers}
         path = str(self._scope["path"])
-        message = _MESSAGES.get(status, f"{self._scope['method']} {json.dumps(path[:100])}: no such path")
+        unknown = "no such path" if status == 404 else f"the service answered {status}"
+        message = _MESSAGES.get(status, f"{self._scope['method']} {json.dumps(path[:100])}: {unknown}")
         return self._response(status, message, {**(_RETRY_AFTER if status in (429, 503) else {}), **kept})
 
     def _response(self, status: int, message: str, headers: Any = None) -> JSONResponse:
