@@ -175,7 +175,7 @@ def test_a_killed_job_goes_on_to_the_same_end(
     rows = read_rows(train_tree["data"]["train"])[:400]
     write_records(tmp_path / "train.json", [row.as_record() for row in rows])
     train_tree["data"]["train"] = str(tmp_path / "train.json")
-    train_tree["train"] |= {"max_steps": 8, "save_steps": 4, "eval_steps": 2}
+    train_tree["train"] |= {"max_steps": 16, "save_steps": 4, "eval_steps": 2}
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(train_tree))
     env = {**os.environ, "PYTHONPATH": f"{root / 'platform'}:{root}", "RAY_ADDRESS": "local"}
@@ -193,7 +193,7 @@ def test_a_killed_job_goes_on_to_the_same_end(
         driver.send_signal(way)
         assert driver.wait(60) == (-signal.SIGKILL if way == signal.SIGKILL else 128 + signal.SIGTERM)
     assert start(tmp_path / "cut").wait(300) == 0
-    last = "checkpoint-8"
+    last = "checkpoint-16"
     assert (tmp_path / "cut" / last / WEIGHTS).read_bytes() == (tmp_path / "whole" / last / WEIGHTS).read_bytes()
     assert _curve(str(tmp_path / "cut")) == _curve(str(tmp_path / "whole"))
     assert _dev_losses(tmp_path / "cut") == pytest.approx(_dev_losses(tmp_path / "whole"), rel=1e-9)
