@@ -32,7 +32,7 @@ from paddock.usage import CURRENT, Usage
 
 logger = logging.getLogger("ray.serve")
 
-_TO_HANG_UP_S = 0.1
+_TO_HANG_UP_S = 0.5
 OPEN_PATHS = ("/health", "/is_ready")
 
 
@@ -68,6 +68,7 @@ class Gate:
         answer is about to begin; nothing of it has been sent by then."""
         self._app, self._part, self._keys, self._limits, self._admin_app = app, part, keys, limits, admin_app
         self._before_answer = before_answer
+        self._ending: set[asyncio.Future[None]] = set()
         self._log = request_log(part.request_log)
         self._entered: ASGIApp = self._enter
         if part.allowed_origins:
@@ -177,8 +178,10 @@ class Gate:
                 # vLLM gives up an answer when it hears that the client has left; merely cancelled, it would go on.
                 answer.muted = True
                 connection.hang_up()
-                await asyncio.wait({running}, timeout=_TO_HANG_UP_S)
-                running.cancel()
+                # Apart, for Serve may cancel this call a second time before the app has heard.
+                ending = asyncio.ensure_future(_end(running))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
             connection.left.cancel()
 
     def _write(
@@ -243,6 +246,11 @@ class _Answer:
 def _path(scope: Scope) -> str:
     """The path below the application's route prefix."""
     return str(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+async def _end(running: asyncio.Future[Any]) -> None:
+    await asyncio.wait({running}, timeout=_TO_HANG_UP_S)
+    running.cancel()
 
 
 async def _nothing() -> Message:

@@ -249,3 +249,34 @@ def test_a_failure_before_the_first_word_is_no_200() -> None:
     said = ask(gate_of(app=app))
     assert said.status_code == 500
     assert SECRET not in said.text
+
+
+def test_an_app_is_ended_though_its_call_is_cancelled_twice() -> None:
+    """As Serve does where HAProxy asks replicas directly."""
+    ended: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append("cancelled")
+
+    async def call() -> None:
+        messages = [{"type": "http.request", "body": b""}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+        asked = asyncio.ensure_future(Gate(app, AccessPart(), KeyRing())(scope, receive, send))
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            asked.cancel()
+        await asyncio.sleep(1)
+        assert asked.cancelled()
+
+    asyncio.run(call())
+    assert ended == ["cancelled"]

@@ -39,7 +39,8 @@ def close(text: str, descriptors: int) -> str:
         raise ValueError(f"{descriptors} file descriptors are too few (ulimit -n)")
     text = re.sub(r"^(\s*maxconn) (\d+)", lambda m: f"{m[1]} {min(int(m[2]), most)}", text, flags=re.M)
     text = re.sub(r"^(\s*errorfile 50[234]) .*", rf"\1 {_UNAVAILABLE}", text, flags=re.M)
-    # A request is sent a second time only if all of it was there when it was sent first.
+    # A request is sent a second time only if all of it was there when it was sent first; and only then HAProxy hears,
+    # without exception, of a client that leaves while it waits.
     text = re.sub(r"^defaults\n", "defaults\n    option http-buffer-request\n", text, flags=re.M)
     listeners = re.findall(r"^(?:frontend|listen) (\S+)", text, flags=re.M)
     if sockets != 1 or "stats enable" in text or set(listeners) - {"http_frontend", "grpc_frontend"}:
