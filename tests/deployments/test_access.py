@@ -277,6 +277,6 @@ def test_an_app_is_ended_though_its_call_is_cancelled_twice() -> None:
             asked.cancel()
         await asyncio.sleep(1)
         assert asked.cancelled()
+        assert ended == ["cancelled"]  # before the loop ends, which cancels all
 
     asyncio.run(call())
-    assert ended == ["cancelled"]
