@@ -135,7 +135,7 @@ class TestSubmitted:
         assert "exit code 2" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("way", ["deployments:app", "serve.yaml"])
+@pytest.mark.parametrize("way", ["deployments:app", pytest.param("serve.yaml", marks=pytest.mark.slow)])
 def test_serve_run_serves_a_model_directory(root: Path, base_model: Path, tmp_path: Path, way: str) -> None:
     words = [way, f"model={base_model}", "engine.max_model_len=256", "ray_actor_options.num_cpus=0.5"]
     if way == "serve.yaml":
