@@ -105,3 +105,21 @@ def test_a_running_job_hears_what_the_cluster_asks_of_it(ray_cluster: Any, monke
     assert [watch.preempts(), watch.preempts()] == [True, False]  # once a node
     draining["second"] = 0
     assert watch.preempts()
+
+
+def test_what_an_autoscaler_can_add_is_room_only_beside_what_is_used(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(most: int) -> None:
+        types = {"head": {"resources": {"CPU": 4}}, "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": most}}
+        small(bootstrap={"max_workers": most, "head_node_type": "head", "available_node_types": types})
+        worker = {"NodeID": "w", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: [worker])
+        monkeypatch.setattr(cluster.ray_state, "available_resources_per_node", lambda: {"w": {"CPU": 7.0}})
+
+    busy(1)
+    assert not cluster.has_room([GPU])
+    assert cluster.has_room([{"CPU": 1.0}])
+    busy(2)
+    assert cluster.has_room([GPU])
+    assert not cluster.has_room([GPU, GPU])

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from paddock import checkpoint, validation
+from paddock import checkpoint, cluster, validation
 from paddock.config import TrainConfig, build
+from paddock.config_parts import ValidationPart
 from paddock.data import Row, read_rows, write_records
-from paddock.errors import ConfigError, ResourceError
-from paddock.trainer import train
+from paddock.dataset import load_rows
+from paddock.errors import ConfigError, ModelError, OutputError, ResourceError
+from paddock.trainer import _Refusal, train
 
 
 def _checkpoint(run: Path, step: int) -> None:
@@ -58,6 +60,35 @@ def test_what_cannot_be_scored_is_refused_before_anything_starts(train_tree: dic
     train_tree["validation"] = {"resources": {"CPU": 64}}
     with pytest.raises(ResourceError, match="64 CPU"):
         train(build(TrainConfig, train_tree))
+
+
+def test_a_refusal_ends_the_scoring_too(ray_cluster: Any) -> None:
+    with pytest.raises(ModelError, match="no number"):
+        _Refusal("a-flag").after_exception(None, {0: ModelError("no number")})
+    assert cluster.Watch("a-flag").stops()
+
+
+def test_a_score_counts_only_for_what_it_was_taken_with(
+    train_tree: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OutputError("asked again")
+
+    config = build(TrainConfig, train_tree | {"train": train_tree["train"] | {"predict_with_generate": True}})
+    run = Path(config.output_dir)
+    _checkpoint(run, 2)
+    _scored(run, 2, 7.0)
+    said = {"step": 2, "score": 7.0, "key": validation.key(config, load_rows(config).dev)}
+    Path(checkpoint.score_file(run, 2)).write_text(json.dumps(said))
+    monkeypatch.setattr("paddock.sweep.score_adapter", refuse)
+    monkeypatch.setattr(validation.cluster, "has_gpus", lambda: False)
+    assert validation.score(config, 2) == said
+    other = config.model_copy(update={"validation": ValidationPart(engine={"max_model_len": 99})})
+    with pytest.raises(OutputError, match="asked again"):
+        validation.score(other, 2)
+    # One that cannot be scored holds nobody up.
+    validation.score_missing(other)
+    assert "warning: asked again; it has no score" in capsys.readouterr().out
 
 
 @pytest.mark.slow

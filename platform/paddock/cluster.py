@@ -105,12 +105,11 @@ def has_room(bundles: Sequence[Resources]) -> bool:
     free = ray_state.available_resources_per_node()
     # A grown cluster begins empty: what is in use takes its place first.
     used = [
-        {name: amount - free.get(node["NodeID"], {}).get(name, 0.0) for name, amount in node["Resources"].items()}
+        {name: node["Resources"].get(name, 0.0) - free[node["NodeID"]].get(name, 0.0) for name in ("CPU", "GPU")}
         for node in ray.nodes()
-        if node["Alive"]
+        if node["NodeID"] in free
     ]
-    taken = [{name: amount for name, amount in bundle.items() if name in ("CPU", "GPU")} for bundle in used]
-    return not _unplaced(bundles, list(free.values())) or not _unplaced([*taken, *bundles], _nodes_when_grown())
+    return not _unplaced(bundles, list(free.values())) or not _unplaced([*used, *bundles], _nodes_when_grown())
 
 
 def has_gpus() -> bool:

@@ -1,6 +1,6 @@
 """vLLM's own OpenAI app on our engine, with adapters found by name, and its beam search.
 
-A part of `engine.py`, which alone uses it: the two are what knows vLLM.
+A part of `paddock.engine`, which alone uses it and is the one place that knows vLLM.
 """
 
 from __future__ import annotations
