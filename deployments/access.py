@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from logging.handlers import WatchedFileHandler
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -61,13 +62,14 @@ class Gate:
         part: AccessPart,
         keys: KeyRing,
         limits: KeyLimits | None = None,
-        admin_app: Any = None,
+        vllm_app: Any = None,
+        forwarded: Mapping[str, str] = MappingProxyType({}),
         before_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """limits: needed where a key has any. admin_app: answers `part.admin_routes`. before_answer: called when an
-        answer is about to begin; nothing of it has been sent by then."""
-        self._app, self._part, self._keys, self._limits, self._admin_app = app, part, keys, limits, admin_app
-        self._before_answer = before_answer
+        """limits: needed where a key has any. vllm_app: answers `part.admin_routes`, and paths with the methods of
+        `forwarded`. before_answer: called when an answer is about to begin; nothing of it has been sent by then."""
+        self._app, self._part, self._keys, self._limits = app, part, keys, limits
+        self._vllm_app, self._forwarded, self._before_answer = vllm_app, forwarded, before_answer
         self._ending: set[asyncio.Future[None]] = set()
         self._log = request_log(part.request_log)
         self._entered: ASGIApp = self._enter
@@ -160,7 +162,9 @@ class Gate:
 
     async def _run(self, scope: Scope, connection: _Connection, answer: _Answer) -> None:
         """The app's answer. Raises TimeoutError where it takes too long, and whatever the app raises."""
-        app = self._admin_app if _path(scope) in self._part.admin_routes else self._app
+        path = _path(scope)
+        theirs = path in self._part.admin_routes or self._forwarded.get(path) == scope["method"]
+        app = self._vllm_app if theirs else self._app
         running = asyncio.ensure_future(app(scope, connection.receive, answer))
         try:
             ends = {running, connection.left}

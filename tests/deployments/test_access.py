@@ -61,7 +61,7 @@ def ask(gate: Gate, path: str = "/v1/completions", *, key: str | None = None, **
 
 
 def gate_of(*keys: ApiKey, app: App = echo, limits: Any = None, **part: Any) -> Gate:
-    return Gate(app, AccessPart(**part), KeyRing(keys), limits, admin_app=echo)
+    return Gate(app, AccessPart(**part), KeyRing(keys), limits, vllm_app=echo)
 
 
 def test_without_keys_all_may_call_and_with_keys_only_who_has_one() -> None:
