@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from paddock import prompts
@@ -41,8 +42,11 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         ids = prompts.encode(renderer.get_tokenizer(), prompt["prompt"])
         return {**prompt, "prompt_token_ids": ids if params.add_special_tokens else ids[1:]}
 
+    # One thread, as vLLM has: several wait for each other and for Python's lock, and so do the answers under way.
+    aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
     async def tokenize_async(prompt: Mapping[str, Any], params: Any) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenize, prompt, params)
+        return await asyncio.get_running_loop().run_in_executor(aside, tokenize, prompt, params)
 
     def render(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
         try:
@@ -55,7 +59,7 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         return [dict(message) for message in messages], {"prompt_token_ids": ids}
 
     async def render_async(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
-        return await asyncio.to_thread(render, messages, params)
+        return await asyncio.get_running_loop().run_in_executor(aside, render, messages, params)
 
     renderer._tokenize_prompt, renderer._tokenize_prompt_async = tokenize, tokenize_async
     renderer.render_messages, renderer.render_messages_async = render, render_async
