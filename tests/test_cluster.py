@@ -123,3 +123,18 @@ def test_what_an_autoscaler_can_add_is_room_only_beside_what_is_used(
     busy(2)
     assert cluster.has_room([GPU])
     assert not cluster.has_room([GPU, GPU])
+
+
+@pytest.mark.parametrize(
+    ("address", "initialized", "there"),
+    [("", False, False), ("local", False, False), ("10.0.0.1:6379", False, True), ("local", True, True)],
+)
+def test_a_ray_of_ones_own_is_no_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, initialized: bool, there: bool
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: initialized)
+    monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "none"))
+    assert cluster.is_there() is there
+    (tmp_path / "none").write_text("10.0.0.1:6379")  # as `ray start` on this machine leaves it
+    assert cluster.is_there() is (there or address == "")

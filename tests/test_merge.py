@@ -168,6 +168,25 @@ def test_ray_tasks_write_the_same(lab: Lab, ray_cluster: Any) -> None:
     assert not (lab.directory / "broken").exists()
 
 
+def test_threads_write_the_same_without_ray(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = lab.base()
+    adapters = [lab.adapter(base, f"a{n}", seed=n) for n in range(2)]
+    one = lab.merge(base, *adapters, name="one", max_shard_size="60KB", prove_prompts=0, num_workers=1)
+    monkeypatch.setattr("paddock.shard_tasks._SHARE", 1)
+    monkeypatch.setattr("paddock.cluster.is_there", lambda: False)
+    monkeypatch.setattr("paddock.cluster.connect", None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    threads = torch.get_num_threads()
+    several = lab.merge(base, *adapters, name="several", max_shard_size="60KB", prove_prompts=0)
+    assert manifest.verify(one).hash == manifest.verify(several).hash
+    assert manifest.verify(one).extra["delta_norms"] == manifest.verify(several).extra["delta_norms"]
+    assert torch.get_num_threads() == threads
+    edit(adapters[0], lambda tensors: tensors[next(n for n in tensors if "lora_B" in n)].fill_(float("inf")))
+    with pytest.raises(ModelError, match="infinite"):
+        lab.merge(base, *adapters, name="broken", max_shard_size="60KB", prove_prompts=0)
+    assert not (lab.directory / "broken").exists()
+
+
 def test_again_does_nothing_and_other_is_refused(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from paddock.errors import ModelError
-from paddock.weights import Weights, open_adapter, open_model
+from paddock.weights import DTYPES, Weights, open_adapter, open_model
 
 
 class Touch:
@@ -66,3 +67,22 @@ def test_index_names_files_beside_it(tmp_path: Path, named: Any) -> None:
     index.write_text("{}")
     with pytest.raises(ModelError, match="no weight_map"):
         open_model(tmp_path / "model")
+
+
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
+    tensors = {f"{dtype}": torch.arange(24).reshape(6, 2, 2).to(dtype) for dtype in DTYPES.values()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    weights = open_model(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(weights.read(name), tensor)
+        for start, stop in ((0, 6), (0, 1), (2, 5), (5, 9), (3, 3)):
+            assert torch.equal(weights.rows(name, start, stop), tensor[start:stop])
+
+
+def test_file_that_is_cut_while_it_is_read_is_one_line(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4, 2**12)}, tmp_path / "model.safetensors")
+    weights = open_model(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 2**15)
+    assert weights.rows("a", 0, 1).sum() == 2**12
+    with pytest.raises(ModelError, match="was cut while it was read"):
+        weights.rows("a", 3, 4)

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray._private.services import get_ray_address_from_environment
 from ray._private.state import state as ray_state
 from ray.experimental import internal_kv
 
@@ -65,6 +66,11 @@ def connect() -> bool:
     for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return not _joined()
+
+
+def is_there() -> bool:
+    """Whether there is a cluster that `connect` would join; else it would start a Ray of this machine's own."""
+    return ray.is_initialized() or get_ray_address_from_environment(None, None) not in (None, "local")
 
 
 def disconnect(started: bool) -> None:

@@ -286,7 +286,8 @@ class ShardPart(Settings):
     """How the shards of a model are written; it does not change what is in them."""
 
     num_workers: How[int | None] = Field(default=None, ge=1)
-    """Shards that are written at a time, one Ray task each; 1 stays in this process, null follows memory_gib."""
+    """Shards that are written at a time, one Ray task each; 1 stays in this process. null follows memory_gib, with
+    tasks on a cluster, without one with a thread a core."""
     memory_gib: How[float] = Field(default=3.0, gt=0)
     """Memory that this process and its tasks may take together."""
 

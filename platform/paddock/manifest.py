@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paddock import __version__, storage
+from paddock import __version__, aside, storage
 from paddock.errors import OutputError, PaddockError
 from paddock.locks import locked as locked  # noqa: PLC0414 (part of this module's interface)
 
@@ -123,8 +123,11 @@ class Input:
     files: dict[str, FileEntry]
 
 
-def look(path: str | Path) -> Input:
-    """Identify an input. Raises OutputError where there is nothing, or what is there is damaged or cannot be read."""
+def look(path: str | Path, *, beside: bool = False) -> Input:
+    """Identify an input. Raises OutputError where there is nothing, or what is there is damaged or cannot be read.
+
+    beside: other work goes on meanwhile, which needs cores and page cache more (see `paddock.aside`).
+    """
     if read(path) is not None:
         found = check(path)
         return Input(found.hash, found.files)
@@ -135,7 +138,7 @@ def look(path: str | Path) -> Input:
             return Input(entry.sha256, {path.name: entry})
         if not path.is_dir():
             raise OutputError(f"{path}: no such file or directory; check the path")
-        files = scan(path)
+        files = scan(path, beside=beside)
     except OSError as error:
         raise OutputError(f"{error.filename or path}: cannot be read ({error.strerror}); get it again") from None
     return Input(config_hash({"files": {k: v.sha256 for k, v in files.items()}}), files)
@@ -157,10 +160,12 @@ def sha256(file: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def scan(directory: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+def scan(
+    directory: Path, known: Mapping[str, FileEntry] | None = None, *, beside: bool = False
+) -> dict[str, FileEntry]:
     """Every file below a directory, in the order of its path, without its manifest and what has one of its own.
 
-    known: what need not be hashed again.
+    known: what need not be hashed again. beside: see `look`.
     """
     nested = [f.parent for f in directory.rglob(NAME) if f.parent != directory]
     files = sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / NAME)
@@ -170,9 +175,9 @@ def scan(directory: Path, known: Mapping[str, FileEntry] | None = None) -> dict[
         size = (directory / name).stat().st_size
         if known and name in known and known[name].bytes == size:
             return known[name]
-        return FileEntry(size, sha256(directory / name))
+        return FileEntry(size, (aside.sha256 if beside else sha256)(directory / name))
 
-    with ThreadPoolExecutor(_HASHES) as pool:
+    with ThreadPoolExecutor(_HASHES, initializer=aside.give_way if beside else None) as pool:
         return dict(zip(names, pool.map(entry, names), strict=True))
 
 

@@ -1,10 +1,12 @@
-"""All shards of a model, several at a time: one Ray task each, as many as memory allows, with progress.
+"""All shards of a model, several at a time, as many as memory allows, with progress.
 
-A model that fits into one worker's share is written in this process, without Ray.
+On a cluster each is one Ray task. Where there is none, threads of this process do the same: what they call lets go of
+Python's lock, and a Ray of one's own takes longer to start than half a 7B model to write.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -91,12 +93,13 @@ def at_a_time(how: ShardPart, shards: Sequence[Shard], source: Source) -> int:
 def _workers(source: Source, shards: list[Shard], how: ShardPart, here: bool) -> Iterator[tuple[Any, int]]:
     """How a shard's writing is started, and how many at a time."""
     number = at_a_time(how, shards, source)
-    if number == 1:
+    if number == 1 or (how.num_workers is None and not cluster.is_there()):
+        number = min(number, len(os.sched_getaffinity(0)))
         threads = torch.get_num_threads()
         try:
             # Pieces are small: what several threads wait for each other is more than what they save.
-            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                yield lambda shard: pool.submit(write_shard, shard, source), 1
+            with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield lambda shard: pool.submit(write_shard, shard, source), number
         finally:
             torch.set_num_threads(threads)
         return

@@ -10,6 +10,7 @@ shards whose hash is right and writes only the rest.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from paddock.aside import let_go
 from paddock.errors import ConfigError
 from paddock.weights import DTYPES, TensorInfo, write_object
 
@@ -90,21 +92,22 @@ def write_shard(shard: Shard, source: Source) -> Written:
     """Write one shard: the bytes that safetensors' own writer makes. The file is there once it is whole."""
     said: dict[str, Any] = {}
     digest = hashlib.sha256()
-    with shard.unfinished.open("wb") as stream:
+    # Unbuffered: pieces are large already.
+    with shard.unfinished.open("wb", buffering=0) as stream:
         header = _header(shard.infos)
         digest.update(header)
-        stream.write(header)
+        end = _write(stream, memoryview(header), 0)
         for name in _layout(shard.infos):
-            info, written = shard.infos[name], 0
+            info, begin = shard.infos[name], end
             for piece in source.pieces(name, said):
                 if piece.dtype != info.dtype:
                     raise AssertionError(f"{name}: planned {info}, computed {piece.dtype}")
                 data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 digest.update(data)
-                written += stream.write(data)
-            if written != info.bytes:
-                raise AssertionError(f"{name}: planned {info}, computed {written} bytes")
-    done = Written(shard.unfinished.stat().st_size, digest.hexdigest(), said)
+                end = _write(stream, data, end)
+            if end - begin != info.bytes:
+                raise AssertionError(f"{name}: planned {info}, computed {end - begin} bytes")
+    done = Written(end, digest.hexdigest(), said)
     shard.unfinished.replace(shard.file)
     partial = shard.note.with_suffix(".partial")
     write_object(partial, asdict(done))
@@ -149,6 +152,15 @@ def write_index(directory: Path, shards: Mapping[str, list[str]], infos: Mapping
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     write_object(directory / "model.safetensors.index.json", index)
+
+
+def _write(stream: io.FileIO, data: memoryview, begin: int) -> int:
+    """Write bytes that begin at a place of the file; return where they end. The system may take some at a time."""
+    end = begin
+    while end - begin < len(data):
+        end += stream.write(data[end - begin :]) or 0
+    let_go(stream.fileno(), begin, end)
+    return end
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from paddock.aside import let_go
 from paddock.errors import ModelError
 
 # In the order in which safetensors' own writer lays types into a file, so that every tensor lies aligned.
@@ -56,9 +59,9 @@ class Weights:
         """Raises ModelError for a file that is unreadable or holds anything but tensors."""
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, dict[str, torch.Tensor] | _Safetensors] = {}
         for file in files:
-            for name, info in _infos(self._handle(file)):
+            for name, info in _infos(self._handle(file)).items():
                 if name in self.infos:
                     raise ModelError(f"{file}: tensor {name} stands already in {self._files[name].name}")
                 self.infos[name], self._files[name] = info, file
@@ -66,22 +69,22 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as it is on disk (memory-mapped where the file allows it)."""
         handle = self._handle(self._files[name])
-        tensor: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        tensor: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.mapped.get_tensor(name)
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Some rows of a tensor, as they are on disk."""
+        """Some rows of a tensor, as they are on disk. Of safetensors they are a copy, for who reads all rows in order:
+        the file does not stay in the page cache."""
         handle = self._handle(self._files[name])
-        piece: torch.Tensor = (handle[name] if isinstance(handle, dict) else handle.get_slice(name))[start:stop]
-        return piece
+        return handle[name][start:stop] if isinstance(handle, dict) else handle.rows(name, start, stop)
 
     def file(self, name: str) -> Path:
         """The file that a tensor is in: what an error about it names."""
         return self._files[name]
 
-    def _handle(self, file: Path) -> Any:
+    def _handle(self, file: Path) -> dict[str, torch.Tensor] | _Safetensors:
         if file not in self._open:
-            self._open[file] = load_tensors(file) if file.suffix in (".bin", ".pth") else _safetensors(file)
+            self._open[file] = load_tensors(file) if file.suffix in (".bin", ".pth") else _Safetensors(file)
         return self._open[file]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,21 +166,46 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
     return [directory / name for name in named]
 
 
-def _safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: unreadable as safetensors ({error}); get the file again") from None
+class _Safetensors:
+    """An open safetensors file."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises ModelError where it is none, or cut short."""
+        self.file = file
+        try:
+            self.mapped: Any = safe_open(file, framework="pt")  # it checks the header against the file's length
+            self.handle = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, self.handle)
+            size = int.from_bytes(os.pread(self.handle, 8, 0), "little")
+            header = json.loads(os.pread(self.handle, size, 8))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: unreadable as safetensors ({error}); get the file again") from None
+        header.pop("__metadata__", None)
+        self.begins = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
+        self.infos: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            dtype = DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise ModelError(f"tensor {name} is {entry['dtype']}: quantised weights are not read; dequantise first")
+            self.infos[name] = TensorInfo(tuple(entry["shape"]), dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows, read and not mapped: what is mapped cannot be let go."""
+        info = self.infos[name]
+        row = info.bytes // max(1, info.shape[0])
+        rows = torch.empty((min(stop, info.shape[0]) - start, *info.shape[1:]), dtype=info.dtype)
+        data = rows.reshape(-1).view(torch.uint8).numpy().data
+        place, end = self.begins[name] + start * row, 0
+        while end < len(data):
+            size = os.preadv(self.handle, [data[end:]], place + end)
+            if size == 0:
+                raise ModelError(f"{self.file}: was cut while it was read; get the file again")
+            end += size
+        let_go(self.handle, place, place + end)
+        return rows
 
 
-def _infos(handle: Any) -> Iterable[tuple[str, TensorInfo]]:
-    if isinstance(handle, dict):
-        for name, tensor in handle.items():
-            yield name, TensorInfo(tuple(tensor.shape), tensor.dtype)
-        return
-    for name in handle.keys():  # noqa: SIM118 (not a mapping)
-        piece = handle.get_slice(name)
-        dtype = DTYPES.get(piece.get_dtype())
-        if dtype is None:
-            raise ModelError(f"tensor {name} is {piece.get_dtype()}: quantised weights are not read; dequantise first")
-        yield name, TensorInfo(tuple(piece.get_shape()), dtype)
+def _infos(handle: dict[str, torch.Tensor] | _Safetensors) -> Mapping[str, TensorInfo]:
+    if isinstance(handle, _Safetensors):
+        return handle.infos
+    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in handle.items()}
