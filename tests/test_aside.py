@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 from paddock import aside
 
 
-@pytest.mark.parametrize("size", [0, 1, mmap.ALLOCATIONGRANULARITY, 3 * mmap.ALLOCATIONGRANULARITY + 7])
+@pytest.mark.parametrize("size", [0, 1, 4096, 3 * 4096 + 7])
 def test_hash_is_the_files_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(aside, "_PIECE", mmap.ALLOCATIONGRANULARITY)
+    monkeypatch.setattr(aside, "_STEP", 4096)
     data = os.urandom(size)
     (tmp_path / "file").write_bytes(data)
     assert aside.sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()

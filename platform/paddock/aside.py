@@ -8,14 +8,12 @@ all that a merge computes from it. Where pages go round it is 0.2 s.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import threading
 from pathlib import Path
 
 # Bytes from one advice to the next, and how far each reaches back: what was not on disk yet is tried again.
 _STEP, _REACH = 32 * 2**20, 128 * 2**20
-_PIECE = 128 * 2**20  # bytes that are mapped at a time, to be hashed
 _NICE = 10
 
 
@@ -32,13 +30,12 @@ def let_go(handle: int, start: int, stop: int) -> None:
 
 def sha256(file: Path) -> str:
     """A file's sha256, in few calls: between them Python's lock is taken from the other threads."""
-    digest, size = hashlib.sha256(), file.stat().st_size
-    with file.open("rb") as stream:
-        for begin in range(0, size, _PIECE):
-            length = min(_PIECE, size - begin)
-            with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=begin) as piece:
-                digest.update(piece)
-            os.posix_fadvise(stream.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
+    digest, buffer, begin = hashlib.sha256(), memoryview(bytearray(_STEP)), 0
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+            os.posix_fadvise(stream.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+            begin += size
     return digest.hexdigest()
 
 
