@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request
+from ray import serve
 
 from paddock import ingress
 from paddock.ingress import tries
@@ -165,3 +167,40 @@ def test_a_request_that_kills_is_begun_twice_and_no_more(
         finally:
             proxy.kill()
             admin.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def mortal(http_port: int, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A service of three replicas, and the file in which they tell that they have begun."""
+    http, begun = FastAPI(), tmp_path / "begun"
+
+    @serve.deployment(name="Mortal", num_replicas=3, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(http)
+    class Mortal:
+        @http.post("/poison")
+        async def poison(self, request: Request, lives: int) -> int:
+            number: int = request.scope["paddock.try"]
+            with begun.open("a") as file:
+                file.write(f"{number}\n")
+            if number <= lives:
+                os._exit(1)
+            return number
+
+    serve.run(Mortal.bind(), name="mortal", route_prefix="/mortal")
+    url = f"http://127.0.0.1:{http_port}/mortal/poison"
+    while httpx.post(f"{url}?lives=0", timeout=30).status_code != 200:
+        time.sleep(0.5)
+    begun.unlink()
+    yield url, begun
+    serve.delete("mortal")
+
+
+def test_serves_own_replicas_are_told_which_try_it_is(mortal: tuple[str, Path]) -> None:
+    url, begun = mortal
+    told = httpx.post(f"{url}?lives=1", timeout=60)
+    assert (told.status_code, told.text) == (200, "2")
+    assert begun.read_text().split() == ["1", "2"]
+    begun.unlink()
+    told = httpx.post(f"{url}?lives=9", timeout=60)
+    assert (told.status_code, told.headers["retry-after"]) == (503, "1")
+    assert begun.read_text().split() == ["1", "2"]
