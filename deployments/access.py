@@ -6,6 +6,9 @@
 
 `/health` and `/is_ready` need no key. The request log has one JSON line a request: id, key's name, model, token
 counts, times; never its text. The id goes on to the engine, whose own ids contain it.
+
+A request that is asked again, for its replica died, counts once against its key's limits: the proxy says in the scope,
+where no client can, which try it is (paddock.ingress.tries).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.keys import ApiKey, KeyRing
 from paddock.config_parts import AccessPart
+from paddock.ingress import tries
 from paddock.ingress.answers import error_response
 from paddock.usage import CURRENT, Usage
 
@@ -94,7 +98,8 @@ class Gate:
         CURRENT.set(usage)
         try:
             key = self._caller(scope)
-            await self._within_limits(key)
+            if scope.get(tries.SCOPE, 1) == 1:  # a later try of a request whose replica died was counted with the first
+                await self._within_limits(key)
             async with asyncio.timeout(self._part.request_timeout_s):
                 body = await self._body(scope, receive)
             await self._run(scope, _Connection(body, receive), answer)

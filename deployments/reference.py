@@ -4,7 +4,8 @@
     -> {"generated_text": "...", "num_output_tokens_cf": 12, "error": ""}
 
 `generated_text` is `prompts.answer` of what the model said, the text that a parser is given, so that an
-answer over HTTP is the one that batch prediction scores. Token ids are built by `prompts.py` alone.
+answer over HTTP is the one that batch prediction scores; a header, `prompts.ANSWERED`, says so to clients that ask
+other services, which may not do it. Token ids are built by `prompts.py` alone.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ async def generate(
     except ServiceError as error:
         return _refused(503, str(error))
     text = prompts.answer(said.text)
-    return JSONResponse({"generated_text": text, "num_output_tokens_cf": len(said.token_ids), "error": ""})
+    body = {"generated_text": text, "num_output_tokens_cf": len(said.token_ids), "error": ""}
+    return JSONResponse(body, headers={prompts.ANSWERED: "1"})
 
 
 def _refused(status: int, message: str) -> JSONResponse:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from paddock import lora, manifest, unmerged
+from paddock import lora, manifest, storage, unmerged
 from paddock.config import LoraPart, ModelConfig, PredictConfig, build
 from paddock.data import Row, read_rows, write_records
 from paddock.errors import ConfigError, DataError, ModelError, OutputError
-from paddock.ledger import read_shards
-from paddock.predict import predict
+from paddock.ledger import Ledger, Prediction, read_shards
+from paddock.predict import ledger_key, predict, read_test
 from paddock.sweep import expand, sweep
 
 TASKS = ("KUAKE-IR", "CHIP-CDN", "MedDG")
+FILES_OF_A_SWEEP = {"sweep-key.json", "sweep.json", "report.html", manifest.NAME}
 
 
 def make_adapter(base: Path, directory: Path, seed: int, **part: Any) -> Path:
@@ -88,6 +89,52 @@ def test_a_sweep(ray_cluster: Any, tree: dict[str, Any], run: Path, tmp_path: Pa
     assert (output / "checkpoint-2" / manifest.NAME).stat().st_mtime_ns == made
     with pytest.raises(OutputError, match="sweep of another sampling"):
         sweep(_config({**tree, "predict": {"sampling": {"max_tokens": 9}}}, adapters=f"{run}/checkpoint-*"))
+
+
+def test_a_sweep_from_uris_to_a_uri(
+    tree: dict[str, Any], run: Path, dev: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its rows are answered without an engine; the second adapter is the better one, and has to be merged."""
+    monkeypatch.setenv("PADDOCK_CACHE", str(tmp_path / "cache"))
+    uri, asked = f"file://{tmp_path}/out", list[str]()
+
+    def answer(config: PredictConfig, make_client: Any = None) -> str | Path:
+        assert config.model is not None
+        asked.append(config.model.path)
+        storage.fetch(config.model.path)  # as a replica does, wherever it is
+        texts = ["x" if config.adapter else row.target for row in dev]
+        rows = enumerate(zip(dev, texts, strict=True))
+        Ledger(config.output_dir, ledger_key(config, read_test(config))).append(
+            [Prediction(i, row.sample_id, text, "stop", 3, 4, 0.5, None) for i, (row, text) in rows]
+        )
+        return predict(config, make_client)
+
+    monkeypatch.setattr("paddock.sweep.predict", answer)
+    tree |= {"output_dir": f"{uri}/sweep/", "model": {"path": f"file://{tree['model']['path']}"}}
+    names = ("checkpoint-2", "whole-30")
+    config = _config(tree, adapters=",".join(f"file://{run}/{n}" for n in names), merge_best=f"{uri}/best")
+    record = sweep(config)
+    assert asked == [tree["model"]["path"], f"{uri}/sweep/.merged-whole-30"]
+    assert record["best_adapter"] == f"file://{run}/whole-30"
+    place = tmp_path / "out" / "sweep"
+    assert {path.name for path in place.iterdir()} == {*names, *FILES_OF_A_SWEEP}
+    assert manifest.verify(f"{uri}/sweep").files.keys() == FILES_OF_A_SWEEP - {manifest.NAME}
+    assert json.loads((place / "sweep.json").read_text(encoding="utf-8")) == record
+    assert "whole-30" in (place / "report.html").read_text(encoding="utf-8")
+    assert manifest.verify(f"{uri}/best").kind == "model"
+
+    # Elsewhere, where nothing is in the cache, nothing is asked again; and what was lost is.
+    storage.remove(tmp_path / "cache")
+    assert sweep(config) == record
+    storage.remove(f"{uri}/sweep/checkpoint-2")
+    storage.remove(f"{uri}/sweep/{manifest.NAME}")
+    assert sweep(config) == record
+    assert asked[2:] == [tree["model"]["path"]]
+    with pytest.raises(OutputError, match="sweep of another sampling"):
+        sweep(_config({**tree, "predict": {"sampling": {"max_tokens": 9}}}, adapters=f"file://{run}/checkpoint-2"))
+    foreign = _config({**tree, "output_dir": f"{uri}/best"}, adapters=f"file://{run}/checkpoint-2")
+    with pytest.raises(OutputError, match=r"holds files but no sweep-key\.json"):
+        sweep(foreign)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -145,12 +145,14 @@ class HttpClient:
             if response.status != 200:
                 raise _refusal(self.endpoint, response.status, text)
         try:
-            return self._read(json.loads(text))
+            said = self._read(json.loads(text))
         except (ValueError, KeyError, IndexError, TypeError):
             raise ServiceError(
                 f"target_url: {self.endpoint.url}: said {text[:100]!r}, which is no answer of a"
                 f" {self.endpoint.kind} endpoint; check the URL"
             ) from None
+        # Texts are generated ones here, and become answers where all rows are there.
+        return replace(said, text=prompts.unanswer(said.text)) if prompts.ANSWERED in response.headers else said
 
     def _body(self, question: Question) -> dict[str, Any]:
         row, sampling = question.row, {**_NO_PENALTIES, **question.sampling}

@@ -18,6 +18,8 @@ from paddock import storage
 from paddock.data import Row
 from paddock.errors import ConfigError, DataError, ModelError
 
+# A response with this header holds texts that went through `answer` already.
+ANSWERED = "x-paddock-answered"
 # The reference recipe takes its own answer cue out of the input, which 3 of 4 benchmark rows end in.
 _CUE = "答："
 
@@ -118,3 +120,8 @@ def answer(text: str) -> str:
     alone adds: nothing more, for the benchmark's parser reads other answers from other whitespace.
     """
     return text.removeprefix(" ").removesuffix("\n")
+
+
+def unanswer(text: str) -> str:
+    """The shortest text whose `answer` is this one: for an answer that is going to go through `answer` again."""
+    return " " * text.startswith(" ") + text + "\n" * text.endswith("\n")

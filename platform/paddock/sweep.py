@@ -5,6 +5,8 @@
 
 All that vLLM can serve unmerged share one engine on one base. The others are merged into it, one at a time, and the
 merged model goes again when it has answered. Cut short and started again, a sweep goes on where it was.
+
+At a URI the adapters' directories go there by themselves; the sweep's own files are written on this machine first.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +47,7 @@ def sweep(config: PredictConfig) -> dict[str, Any]:
     gold_file, gold = _gold(config)
     found = expand(config.adapters)
     base = config.base().path
-    if storage.is_uri(config.output_dir):
-        raise ConfigError(f"output_dir: {config.output_dir}: a sweep writes to a local directory")
-    output = Path(config.output_dir)
+    output = storage.join(config.output_dir)
     manifest.apart(output, base, gold_file, *found.values())
     runs = {name: _run(config, name, adapter, gold_file) for name, adapter in found.items()}
     why = {name: unmerged.why_not(adapter, base) for name, adapter in found.items()}
@@ -53,7 +55,7 @@ def sweep(config: PredictConfig) -> dict[str, Any]:
     key["data"] = content_hash(gold)
     with manifest.locked(output):
         _claim(output, {**key, "adapters": {name: manifest.fingerprint(path) for name, path in found.items()}}, config)
-        (output / manifest.NAME).unlink(missing_ok=True)
+        storage.remove(storage.join(output, manifest.NAME))
         new = {n: config.predict.retry_quarantined or not _is_scored(run) for n, run in runs.items()}
         served = [found[name] for name, reason in why.items() if reason is None]
         # Their service ends before the first merged model needs its room.
@@ -139,19 +141,20 @@ def _gold(config: PredictConfig) -> tuple[str, list[Row]]:
 def _run(config: PredictConfig, name: str, adapter: str, gold_file: str) -> PredictConfig:
     data = config.data.model_copy(update={"dev": None, "test": gold_file})
     changed = {"adapters": (), "merge_best": None, "adapter": adapter, "data": data, "overwrite": False}
-    return config.model_copy(update={**changed, "output_dir": f"{config.output_dir}/{name}"})
+    return config.model_copy(update={**changed, "output_dir": str(storage.join(config.output_dir, name))})
 
 
-def _claim(output: Path, key: dict[str, Any], config: PredictConfig) -> None:
+def _claim(output: str | Path, key: dict[str, Any], config: PredictConfig) -> None:
     """Make the directory this sweep's. Raises OutputError where it is somebody else's; more adapters may come."""
-    file = output / _KEY
-    others = [child.name for child in output.glob("*") if child.name[:1] != "."]
-    if others and not file.exists():
+    file = storage.join(output, _KEY)
+    claimed = storage.exists(file)
+    if not claimed and any(name[:1] != "." for name in storage.children(output)):
         raise OutputError(f"{output}: holds files but no {_KEY}; choose another output_dir")
     if config.overwrite:
         storage.remove(output)
-    elif file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    elif claimed:
+        with storage.reading(file) as stream:
+            before = json.load(stream)
         earlier, adapters = before.pop("adapters"), key["adapters"]
         changed = [name for name in before if before[name] != key.get(name)]
         changed += [name for name in earlier if name in adapters and earlier[name] != adapters[name]]
@@ -160,10 +163,7 @@ def _claim(output: Path, key: dict[str, Any], config: PredictConfig) -> None:
                 f"{output}: holds a sweep of another {', '.join(changed)}; choose another place or overwrite=true"
             )
         key = {**key, "adapters": {**earlier, **adapters}}
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / f".{_KEY}.partial"
-    partial.write_text(json.dumps(key, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    storage.write_text(file, _pretty(key))
 
 
 def _one_service(stack: ExitStack, config: PredictConfig, adapters: list[str]) -> Callable[[], Client]:
@@ -182,9 +182,10 @@ def _is_scored(run: PredictConfig) -> bool:
 
 
 def _predict_merged(run: PredictConfig, base: str, adapter: str) -> None:
-    place = f"{Path(run.output_dir).parent}/.merged-{Path(run.output_dir).name}"
-    merge(MergeConfig(base_model=base, lora_model=(adapter,), output_dir=place, prove_prompts=0))
-    model = run.base().model_copy(update={"path": place})
+    """By a merged model beside the output, where replicas on other nodes find it too."""
+    place = storage.join(storage.parent(run.output_dir), f".merged-{Path(run.output_dir).name}")
+    merge(MergeConfig(base_model=base, lora_model=(adapter,), output_dir=str(place), prove_prompts=0))
+    model = run.base().model_copy(update={"path": str(place)})
     predict(run.model_copy(update={"model": model, "adapter": None}))
     storage.remove(place)
 
@@ -204,7 +205,7 @@ def _finish(
     records: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """sweep.json, the report, and the manifest that commits them."""
-    output, profile = Path(config.output_dir), profile_of(gold)
+    output, profile = storage.join(config.output_dir), profile_of(gold)
     points = [Point(name, r["score"], r["interval"]["low"], r["interval"]["high"]) for name, r in records.items()]
     best = max(points, key=lambda point: point.value)
     record = {
@@ -214,14 +215,35 @@ def _finish(
         "interval": {"low": best.low, "high": best.high},
         "curve": [{**vars(p), "adapter": found[p.name], "merged_because": why[p.name]} for p in points],
     }
-    (output / "sweep.json").write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     shown = []
     for name in dict.fromkeys([points[0].name, best.name]):
-        rows = read_rows(output / name / PREDICTIONS)
+        rows = read_rows(storage.join(output, name, PREDICTIONS))
         parsed = parse_predictions(rows, profile)
         shown.append(Run(name, rows, parsed, score(parsed.results, gold, profile)))
     provenance = {"model": config.base().path, "best adapter": found[best.name], "configuration": config.hashed()}
-    write_report(output / "report.html", f"Sweep: {output.name}", shown, gold, curve=points, provenance=provenance)
     inputs = {name: manifest.fingerprint(path) for name, path in found.items()}
-    manifest.commit(output, "sweep", config.hashed(), inputs, {"best": best.name, "score": best.value})
+    with _written(output) as directory:
+        storage.write_text(directory / "sweep.json", _pretty(record))
+        title = f"Sweep: {Path(output).name}"
+        write_report(directory / "report.html", title, shown, gold, curve=points, provenance=provenance)
+        manifest.commit(directory, "sweep", config.hashed(), inputs, {"best": best.name, "score": best.value})
     return record
+
+
+@contextmanager
+def _written(output: str | Path) -> Iterator[Path]:
+    """A directory on this machine, with the sweep's key in it, whose files go to where the sweep stands: the manifest
+    last, and what is there already stays."""
+    if not storage.is_uri(output):
+        yield Path(output)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        shutil.copyfile(storage.fetch(storage.join(output, _KEY)), directory / _KEY)
+        yield directory
+        storage.upload(directory, output, but=(manifest.NAME,))
+        storage.upload(directory / manifest.NAME, storage.join(output, manifest.NAME))
+
+
+def _pretty(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, indent=2) + "\n"

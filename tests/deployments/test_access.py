@@ -18,6 +18,8 @@ from deployments.keys import ApiKey, KeyRing, digest_of
 from deployments.limits import Buckets
 from paddock.config import ServeConfig, load
 from paddock.config_parts import AccessPart
+from paddock.ingress import tries
+from paddock.ingress.proxy import Proxied
 from paddock.usage import CURRENT
 
 ALICE = ApiKey(name="alice", sha256=digest_of("sk-alice"))
@@ -49,7 +51,7 @@ class LocalLimits:
         self.buckets.spend(key, tokens)
 
 
-def ask(gate: Gate, path: str = "/v1/completions", *, key: str | None = None, **options: Any) -> httpx.Response:
+def ask(gate: App, path: str = "/v1/completions", *, key: str | None = None, **options: Any) -> httpx.Response:
     headers = {**options.pop("headers", {}), **({"authorization": f"Bearer {key}"} if key else {})}
     method = options.pop("method", "POST")
 
@@ -124,6 +126,29 @@ def test_limits_are_429_with_the_time_to_wait() -> None:
     assert ask(gate, key="sk-root").status_code == 200  # another's limit
     now[0] = 31.0
     assert [ask(gate, key="sk-alice").status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_request_whose_replica_died_is_charged_once() -> None:
+    """The first of its replicas let it in; only the one that answers knows its tokens."""
+    limits = LocalLimits(Buckets(lambda: 0.0))
+    once = ALICE.model_copy(update={"requests_per_minute": 1, "tokens_per_minute": 100})
+    died: list[int] = []
+
+    async def dying(scope: Scope, receive: Receive, send: Send) -> None:
+        """A replica: what goes wrong in one has no end in its gate."""
+        if not died:
+            died.append(scope[tries.SCOPE])
+            await limits.admit(once)
+        else:
+            await gate_of(once, limits=limits)(scope, receive, send)
+
+    assert ask(Proxied(dying), key="sk-alice").status_code == 200
+    assert died == [1]
+    assert limits.buckets._level(once, "tokens") == 100 - 12
+    # A client cannot say so itself.
+    for name in (tries.SCOPE, tries.HEADER):
+        said = ask(Proxied(gate_of(once, limits=limits)), key="sk-alice", headers={name: "2"})
+        assert said.status_code == 429
 
 
 def test_tokens_over_the_limit_are_made_up_for() -> None:

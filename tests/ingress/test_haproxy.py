@@ -16,6 +16,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from paddock import ingress
 from paddock.ingress.haproxy import close
+from paddock.ingress.tries import HEADER, PLACE
 
 # With a value for each variable.
 WRITTEN = re.sub(r"{{[^}]*}}", "9", HAPROXY_CONFIG_TEMPLATE.replace("{{ config.maxconn }}", "4096"))
@@ -27,6 +28,7 @@ def test_the_template_of_this_ray_is_closed() -> None:
     assert not re.search(r"mode 666|stats enable|bind \*|bind :|prometheus", text)
     assert re.findall(r"^\s*maxconn (\d+)", text, flags=re.M) == ["308"]
     assert "option http-buffer-request" in text
+    assert re.search(rf"frontend http_frontend\n *bind 9:9\n *http-request set-header {HEADER} %\[uuid\]\n", text)
     assert re.findall(r"errorfile (\d+) (\S+)", text)[0] == ("502", str(Path(ingress.__file__).with_name("503.http")))
 
 
@@ -36,6 +38,7 @@ def test_the_template_of_this_ray_is_closed() -> None:
         lambda text: text.replace("stats socket", "stats  socket"),
         lambda text: text.replace("listen stats", "listen statistics"),
         lambda text: text.replace("frontend prometheus", "frontend prometheus2"),
+        lambda text: text.replace("frontend http_frontend\n", "frontend http_frontend\n    mode http\n"),
     ],
 )
 def test_a_configuration_that_is_not_as_expected_is_not_started(damage: Any) -> None:
@@ -80,7 +83,7 @@ def test_it_starts_under_any_sensible_limit(descriptors: int) -> None:
 
 def test_where_haproxy_cannot_stand_serves_own_proxy_does(monkeypatch: pytest.MonkeyPatch) -> None:
     variables, line = ingress.environment("auto", "127.0.0.1", several_nodes=True)
-    assert variables[ingress.ENABLED] == "0"
+    assert (variables[ingress.ENABLED], variables[PLACE]) == ("0", "")
     assert line == (
         "ingress: Serve's own proxy (HAProxy cannot reach replicas on other nodes while they listen on 127.0.0.1 only)"
     )

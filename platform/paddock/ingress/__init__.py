@@ -1,8 +1,13 @@
 """How requests reach the replicas: Serve's HAProxy, closed to the outside, or Serve's own proxy; and what both answer.
 
     proxy.py      what Serve itself says, in the shape that clients expect; another try where a replica died
+    tries.py      how often that is done, whoever does it
     haproxy       what Serve starts as its HAProxy: haproxy.py, which closes the configuration that Serve wrote, then it
     answers.py    the shape of an error
+
+A connection that nobody takes costs nothing, and is tried as often as it takes until a replica is there. A request that
+was begun where the replica, or its engine, then died may be what killed it: it is begun twice at most (`tries.MOST`),
+in Serve's own proxy, by HAProxy and by both one after the other, and then answered with 503 and Retry-After.
 
 Serve reads all of it from environment variables, which the process of its controller has to have. They are set where
 Serve is started by `serve run deployments:app` or a job; for a cluster that is only deployed to:
@@ -21,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 import paddock
+from paddock.ingress import tries
 
 ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 _LAUNCHER = Path(__file__).with_name("haproxy")
@@ -43,7 +49,7 @@ def environment(wanted: str, host: str, several_nodes: bool) -> tuple[dict[str, 
     }
     why_not = "serve.ingress=serve" if wanted == "serve" else _why_not_haproxy(host, several_nodes)
     if why_not is not None:
-        return {**variables, ENABLED: "0"}, f"ingress: Serve's own proxy ({why_not})"
+        return {**variables, ENABLED: "0", tries.PLACE: ""}, f"ingress: Serve's own proxy ({why_not})"
     return {**variables, **_haproxy_environment()}, "ingress: HAProxy"
 
 
@@ -105,9 +111,11 @@ def _haproxy_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{place}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{place}/metrics.sock",
         # A request whose replica dies before it has said anything goes to another; asked twice, a model says the same
-        # or draws anew. It is kept for that if it fits into a buffer.
+        # or draws anew. It is kept for that if it fits into a buffer. This counts refused connections too, of which
+        # there are several while the only replica is replaced; the replicas count how often a request was begun.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "6",
+        tries.PLACE: os.environ.get(tries.PLACE) or f"{place}/tries",
         # One refused connection tells that a replica is gone; the next try then goes elsewhere.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),

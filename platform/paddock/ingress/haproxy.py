@@ -1,9 +1,9 @@
 """HAProxy with the configuration that Serve wrote for it, closed to all but its clients: `haproxy -f FILE ...`.
 
 Serve (2.58 - 2.60) lets everyone on the network read the statistics and every user of the machine command the admin
-socket, asks for more file descriptors than a container may have, and answers 500 where there is no replica. There is no
-setting for any of it, so the file is rewritten before HAProxy reads it. It stays one process, which Serve waits for by
-its number.
+socket, asks for more file descriptors than a container may have, answers 500 where there is no replica, and lets no
+replica know which request it is that another had before. There is no setting for any of it, so the file is rewritten
+before HAProxy reads it. It stays one process, which Serve waits for by its number.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 _DESCRIPTORS_A_CONNECTION, _DESCRIPTORS_BESIDE = 3, 100
 _FEWEST_CONNECTIONS = 8
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_NAME = "x-paddock-request"  # tries.HEADER, which this process, alone as it is, cannot import
 _UNAVAILABLE = Path(__file__).with_name("503.http")
 
 
@@ -42,9 +43,13 @@ def close(text: str, descriptors: int) -> str:
     # A request is sent a second time only if all of it was there when it was sent first; and only then HAProxy hears,
     # without exception, of a client that leaves while it waits.
     text = re.sub(r"^defaults\n", "defaults\n    option http-buffer-request\n", text, flags=re.M)
+    # Each try has the same headers; see tries.py. A client's own is replaced.
+    naming = rf"\1    http-request set-header {_NAME} %[uuid]\n"
+    text, named = re.subn(r"^(frontend http_frontend\n\s*bind .*\n)", naming, text, flags=re.M)
     listeners = re.findall(r"^(?:frontend|listen) (\S+)", text, flags=re.M)
-    if sockets != 1 or "stats enable" in text or set(listeners) - {"http_frontend", "grpc_frontend"}:
-        raise ValueError(f"Serve's configuration has {sockets} admin sockets and the listeners {', '.join(listeners)}")
+    if sockets != 1 or named != 1 or "stats enable" in text or set(listeners) - {"http_frontend", "grpc_frontend"}:
+        found = f"{sockets} admin sockets, {named} frontends of HTTP and the listeners {', '.join(listeners)}"
+        raise ValueError(f"Serve's configuration has {found}")
     return text
 
 

@@ -15,9 +15,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from paddock.ingress import tries
 from paddock.ingress.answers import error_response
 
-_TRIES = 4
 # What is kept of a request to be sent again.
 _MOST_BYTES = 8 * 2**20
 _RETRY_AFTER = {"retry-after": "1"}
@@ -43,14 +43,18 @@ class Proxied:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request, answer = _Request(receive), _Answer(scope, send)
-        for _ in range(_TRIES):
-            request.rewind()
-            await self._app({**scope, "headers": list(scope["headers"])}, request.receive, answer)
-            # Where a replica died, Serve ends without a word.
-            if answer.begun or not request.whole:
-                break
-        await answer.end(request.left)
+        request, answer, begun = _Request(receive), _Answer(scope, send), tries.Tries(Headers(scope=scope))
+        try:
+            while (number := begun.begin()) <= tries.MOST:
+                request.rewind()
+                again = {**scope, "headers": list(scope["headers"]), tries.SCOPE: number}
+                await self._app(again, request.receive, answer)
+                # Where a replica died, Serve ends without a word.
+                if answer.begun or not request.whole:
+                    break
+            await answer.end(request.left)
+        finally:
+            begun.end()
 
 
 class _Request:
@@ -115,7 +119,7 @@ class _Answer:
         if left or self._complete:
             return
         if not self.begun:
-            lost = "the replica that worked on the request was lost; try again"
+            lost = "each replica that worked on the request was lost; try again"
             await self._response(503, lost, _RETRY_AFTER)(self._scope, _nothing, self._send)
         elif self._events:
             lost = "the replica that worked on the request was lost, and the answer ends here"
