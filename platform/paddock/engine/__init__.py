@@ -134,12 +134,12 @@ class Engine:
         self.adapters = AdapterDirectory(config.adapters, model) if config.adapters else None
         if self.adapters is not None:
             engine["enable_lora"] = True
+        engine.setdefault("worker_extension_cls", "paddock.engine.worker.WorkerExtension")
+        os.environ["PADDOCK_REPLICA"] = str(os.getpid())
         if current_platform.is_cpu():
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             engine.setdefault("enforce_eager", True)
-            if engine.get("enable_lora"):
-                engine.setdefault("worker_extension_cls", "paddock.engine.lora_on_cpu.WorkerExtension")
             if engine.get("tensor_parallel_size", 1) == 1:
                 # Saves starting another process, which on two cores is a third of the time to start.
                 engine.setdefault("distributed_executor_backend", "uni")

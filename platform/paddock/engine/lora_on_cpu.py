@@ -2,7 +2,7 @@
 
 Up to 0.32 vLLM's CPU kernels read the index -1, which means "no adapter", as the last one of the list: a request for
 the base that shares a batch with an adapter's is answered by the adapter (https://github.com/vllm-project/vllm/pull/48421;
-those for CUDA are right). vLLM imports this module in the process that computes, as its `worker_extension_cls`.
+those for CUDA are right). Imported where vLLM computes (worker.py), it mends that.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from typing import Any
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
-
-
-class WorkerExtension:
-    """Adds nothing: that vLLM imports its module is what matters."""
-
 
 _bgmv_shrink = lora_ops.bgmv_shrink
 

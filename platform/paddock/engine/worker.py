@@ -1,0 +1,35 @@
+"""What vLLM imports in each process that computes, as its `worker_extension_cls`.
+
+There it ends the process when the replica has: killed outright, a replica cannot stop its engine, which would keep the
+card's memory from the successor. vLLM itself looks the other way only, from the engine to its workers and back.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from contextlib import suppress
+
+from vllm.platforms import current_platform
+
+REPLICA = "PADDOCK_REPLICA"
+"""The environment variable that has the process id of the replica."""
+
+
+class WorkerExtension:
+    """Adds nothing: that vLLM imports its module is what matters."""
+
+
+def end_with(pid: int) -> None:
+    """Kill this process as soon as another one has ended (Linux 5.3 and later)."""
+    with suppress(ProcessLookupError):  # it has already
+        select.select([os.pidfd_open(pid)], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if REPLICA in os.environ and hasattr(os, "pidfd_open"):
+    threading.Thread(target=end_with, args=(int(os.environ[REPLICA]),), daemon=True, name="end-with-replica").start()
+if current_platform.is_cpu():
+    from paddock.engine import lora_on_cpu as lora_on_cpu  # noqa: PLC0414 (it mends vLLM)
