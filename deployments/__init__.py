@@ -15,7 +15,6 @@ import torch
 from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.schema import LoggingConfig
 
 from deployments import keys, replicas
 from deployments.limits import Limits
@@ -73,8 +72,6 @@ def application(config: ServeConfig) -> Application:
         health_check_timeout_s=config.health_check_timeout_s + 5,  # the engine is given up before its replica is
         # A replica that is to go finishes what it has begun.
         graceful_shutdown_timeout_s=config.access.request_timeout_s,
-        # The request log says all that Serve's own line would, and more.
-        logging_config=LoggingConfig(enable_access_log=False),
     ).bind(replicas.arguments(config), template, known, limits.bind() if asked else None)
 
 

@@ -8,7 +8,7 @@
 counts, times; never its text. The id goes on to the engine, whose own ids contain it.
 
 A request that is asked again, for its replica died, counts once against its key's limits: the proxy says in the scope,
-where no client can, which try it is (paddock.ingress.tries).
+where no client of HAProxy or Serve's proxy can, which try it is (paddock.ingress.tries).
 """
 
 from __future__ import annotations

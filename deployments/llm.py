@@ -116,6 +116,8 @@ class LLM:
         limits: DeploymentHandle | None = None,
     ) -> None:
         """keys: those of the environment. limits: of `limits.Limits`, where keys are asked for."""
+        # Of a request over HTTP the request log says more than Serve's line does.
+        logger.addFilter(lambda record: not getattr(record, "serve_access_log", False))
         self.config = config
         self.template = template
         self.keys = KeyRing(keys, config.access.keys)

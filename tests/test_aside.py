@@ -41,5 +41,13 @@ def test_only_the_thread_gives_way() -> None:
 
     before = priority()
     with ThreadPoolExecutor(1, initializer=aside.give_way) as pool:
-        assert pool.submit(priority).result() >= before
+        assert pool.submit(priority).result() == max(before, 10)
     assert priority() == before
+
+
+def test_a_thread_that_gave_way_further_already_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, value: asked.append(value))
+    aside.give_way()
+    assert asked == [15]

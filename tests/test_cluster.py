@@ -127,7 +127,13 @@ def test_what_an_autoscaler_can_add_is_room_only_beside_what_is_used(
 
 @pytest.mark.parametrize(
     ("address", "initialized", "there"),
-    [("", False, False), ("local", False, False), ("10.0.0.1:6379", False, True), ("local", True, True)],
+    [
+        ("", False, False),
+        ("local", False, False),
+        ("10.0.0.1:6379", False, True),
+        ("auto", False, True),
+        ("local", True, True),
+    ],
 )
 def test_a_ray_of_ones_own_is_no_cluster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, initialized: bool, there: bool

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 # Bytes from one advice to the next, and how far each reaches back: what was not on disk yet is tried again.
@@ -25,7 +26,7 @@ def let_go(handle: int, start: int, stop: int) -> None:
     """
     if start // _STEP != stop // _STEP:
         begin = max(0, min(start, stop - _REACH))
-        os.posix_fadvise(handle, begin, stop - begin, os.POSIX_FADV_DONTNEED)
+        _drop(handle, begin, stop - begin)
 
 
 def sha256(file: Path) -> str:
@@ -34,11 +35,18 @@ def sha256(file: Path) -> str:
     with file.open("rb", buffering=0) as stream:
         while size := stream.readinto(buffer):
             digest.update(buffer[:size])
-            os.posix_fadvise(stream.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+            _drop(stream.fileno(), begin, size)
             begin += size
     return digest.hexdigest()
 
 
 def give_way() -> None:
     """Let this thread take what the others leave of the cores; on Linux a thread has a priority of its own."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    thread = threading.get_native_id()
+    with suppress(OSError):  # a courtesy
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _drop(handle: int, begin: int, size: int) -> None:
+    with suppress(OSError):  # not every file system knows it
+        os.posix_fadvise(handle, begin, size, os.POSIX_FADV_DONTNEED)

@@ -70,7 +70,10 @@ def connect() -> bool:
 
 def is_there() -> bool:
     """Whether there is a cluster that `connect` would join; else it would start a Ray of this machine's own."""
-    return ray.is_initialized() or get_ray_address_from_environment(None, None) not in (None, "local")
+    try:
+        return ray.is_initialized() or get_ray_address_from_environment(None, None) not in (None, "local")
+    except ConnectionError:  # RAY_ADDRESS=auto, and there is none: `connect` says so
+        return True
 
 
 def disconnect(started: bool) -> None:

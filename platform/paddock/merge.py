@@ -1,7 +1,7 @@
 """Base + adapters, in order -> one model directory, tensor by tensor, proven equal.
 
 The plan comes first and refuses whatever would be lost or not fit; then the shards are written, each
-tensor computed in float32 through all adapters and rounded once; then the written model is compared with
+tensor computed in float64 through all adapters and rounded once; then the written model is compared with
 what PEFT makes of base and adapters. Only then is the directory committed.
 """
 
@@ -211,7 +211,7 @@ def _write_card(directory: Path, plan: Plan, proof: dict[str, float | int] | Non
         "",
         *(adapters or ["(none)"]),
         "",
-        f"The vocabulary has {plan.rows} rows. Products were accumulated in float32 and rounded once.",
+        f"The vocabulary has {plan.rows} rows. Sums were float64 and rounded once.",
         said,
         "",
         "`manifest.json` holds the hashes of inputs and outputs.",

@@ -197,7 +197,10 @@ class _Safetensors:
         data = rows.reshape(-1).view(torch.uint8).numpy().data
         place, end = self.begins[name] + start * row, 0
         while end < len(data):
-            size = os.preadv(self.handle, [data[end:]], place + end)
+            try:
+                size = os.preadv(self.handle, [data[end:]], place + end)
+            except OSError as error:
+                raise ModelError(f"{self.file}: cannot be read ({error.strerror}); get the file again") from None
             if size == 0:
                 raise ModelError(f"{self.file}: was cut while it was read; get the file again")
             end += size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,13 +96,22 @@ def test_a_disk_that_takes_nothing_stops_no_request(tmp_path: Path, monkeypatch:
     request.end()
 
 
-def test_what_nobody_came_back_for_goes(place: Path) -> None:
+def test_what_nobody_came_back_for_goes_and_nothing_else(place: Path) -> None:
+    old, new, foreign = place / str(uuid.uuid4()), place / str(uuid.uuid4()), place / "somebody's"
     place.mkdir()
-    (place / "old").touch()
-    os.utime(place / "old", (1, 1))
-    (place / "new").touch()
+    for file in (old, new, foreign):
+        file.touch()
+    for file in (old, foreign):
+        os.utime(file, (1, 1))
     Tries({HEADER: str(uuid.uuid4())})
-    assert [file.name for file in place.iterdir()] == ["new"]
+    assert set(place.iterdir()) == {new, foreign}
+
+
+def test_it_goes_on_counting_where_the_directory_was_tidied_away(place: Path) -> None:
+    Tries({HEADER: str(uuid.uuid4())}).begin()
+    shutil.rmtree(place)
+    request = {HEADER: str(uuid.uuid4())}
+    assert [Tries(request).begin() for _ in range(2)] == [1, 2]
 
 
 def free_port() -> int:

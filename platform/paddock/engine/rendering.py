@@ -8,13 +8,23 @@ that does not let it is refused.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from paddock import prompts
 from paddock.data import Row
 from paddock.errors import ServiceError
+
+Result = TypeVar("Result")
+
+# One thread, as vLLM has: several wait for each other and for Python's lock, and so do the answers under way.
+_TOKENIZER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+
+async def aside(work: Callable[..., Result], *arguments: Any) -> Result:
+    """What `work` returns or raises, beside the event loop, which a long text would hold up."""
+    return await asyncio.get_running_loop().run_in_executor(_TOKENIZER, work, *arguments)
 
 
 def request_row(template: prompts.Template, instruction: str, text: str) -> Row:
@@ -42,11 +52,8 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         ids = prompts.encode(renderer.get_tokenizer(), prompt["prompt"])
         return {**prompt, "prompt_token_ids": ids if params.add_special_tokens else ids[1:]}
 
-    # One thread, as vLLM has: several wait for each other and for Python's lock, and so do the answers under way.
-    aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-
     async def tokenize_async(prompt: Mapping[str, Any], params: Any) -> dict[str, Any]:
-        return await asyncio.get_running_loop().run_in_executor(aside, tokenize, prompt, params)
+        return await aside(tokenize, prompt, params)
 
     def render(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
         try:
@@ -59,7 +66,7 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         return [dict(message) for message in messages], {"prompt_token_ids": ids}
 
     async def render_async(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
-        return await asyncio.get_running_loop().run_in_executor(aside, render, messages, params)
+        return await aside(render, messages, params)
 
     renderer._tokenize_prompt, renderer._tokenize_prompt_async = tokenize, tokenize_async
     renderer.render_messages, renderer.render_messages_async = render, render_async

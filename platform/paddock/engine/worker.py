@@ -25,7 +25,9 @@ class WorkerExtension:
 def end_with(pid: int) -> None:
     """Kill this process as soon as another one has ended (Linux 5.3 and later)."""
     with suppress(ProcessLookupError):  # it has already
-        select.select([os.pidfd_open(pid)], [], [])
+        ended = select.poll()
+        ended.register(os.pidfd_open(pid), select.POLLIN)
+        ended.poll()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -9,12 +9,15 @@ counts for itself, unless PADDOCK_TRIES names a directory that they share.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+logger = logging.getLogger("ray.serve")
 
 MOST = 2
 """How often a request is begun at most: one of those that kill costs so many replicas, whoever asks for it."""
@@ -24,6 +27,7 @@ SCOPE = "paddock.try"
 """Where an ASGI scope has the number of the try, from 1."""
 PLACE = "PADDOCK_TRIES"
 """The environment variable that names the directory of the files. Without it a header is only a client's."""
+_NAME = re.compile("[0-9a-f-]{36}")
 _FORGOTTEN_S = 86_400  # what nobody came back for, such as a stream that was cut
 
 
@@ -32,16 +36,21 @@ class Tries:
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         place, name = os.environ.get(PLACE), headers.get(HEADER, "")
-        self._file = _directory(place) / name if place and re.fullmatch("[0-9a-f-]{36}", name) else None
+        self._file = _directory(place) / name if place and _NAME.fullmatch(name) else None
         self._number = 0
 
     def begin(self) -> int:
         """Count a try, and return its number."""
         self._number += 1
         if self._file is not None:
-            with suppress(OSError), self._file.open("ab", buffering=0) as file:  # else it is counted here only
-                file.write(b".")
-                self._number = file.tell()
+            try:
+                self._number = _add_a_byte(self._file)
+            except FileNotFoundError:  # the directory, which lies where others tidy up
+                with suppress(OSError):
+                    self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    self._number = _add_a_byte(self._file)
+            except OSError as error:
+                logger.warning("%s: tries are counted in this process only: %s", self._file.parent, error)
         return self._number
 
     def end(self) -> None:
@@ -51,12 +60,19 @@ class Tries:
                 self._file.unlink(missing_ok=True)
 
 
+def _add_a_byte(file: Path) -> int:
+    with file.open("ab", buffering=0) as stream:
+        stream.write(b".")
+        return stream.tell()
+
+
 @functools.cache
 def _directory(place: str) -> Path:
+    """The directory, once rid of what was forgotten there."""
     directory = Path(place)
     with suppress(OSError):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in directory.iterdir():
-            if time.time() - file.stat().st_mtime > _FORGOTTEN_S:
-                file.unlink(missing_ok=True)
+            with suppress(OSError):
+                if _NAME.fullmatch(file.name) and time.time() - file.stat().st_mtime > _FORGOTTEN_S:
+                    file.unlink()
     return directory
