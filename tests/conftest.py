@@ -17,7 +17,6 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from paddock.cluster import disconnect
 from paddock.config import MergeConfig, ServeConfig
 from paddock.demo import make_assets
 from paddock.merge import merge
+from paddock.ports import free_port
 from paddock.service import start, start_serve
 
 ROOT = Path(__file__).parent.parent
@@ -98,9 +98,7 @@ class Service:
 @pytest.fixture(scope="session")
 def http_port(ray_cluster: Cluster) -> int:
     """The port of the session's Serve, behind the ingress that a user would get; PADDOCK_TEST_INGRESS takes another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     start_serve(
         os.environ.get("PADDOCK_TEST_INGRESS", "auto"), {"host": "127.0.0.1", "port": port}, logging_config=quiet

@@ -66,7 +66,8 @@ ALLOWED = {
     "adapters": "errors manifest merge_adapter merge_operations weights",
     "usage": "",
     "engine": "adapters config data errors manifest prompts storage usage",
-    "ingress": "",
+    "ports": "",
+    "ingress": "ports",
     "service": "cluster config errors ingress manifest prompts",
     "ledger": "errors storage",
     "unmerged": "errors lora merge_adapter storage",
@@ -90,11 +91,11 @@ ALLOWED = {
     " submission unmerged",
     # everything in one run
     "demo": "config data manifest merge prompts storage",
-    "pipeline": "cluster config data demo engine errors ledger manifest merge predict prompts report scoring service"
-    " storage submission trainer",
+    "pipeline": "cluster config data demo engine errors ledger manifest merge ports predict prompts report scoring"
+    " service storage submission trainer",
     # measurements, which may look into everything
     "benchmark": "acceleration clients cluster config config_parts data demo engine errors feed ingress ledger"
-    " lora manifest merge merge_plan packing predict prompts proof service shard_tasks shards"
+    " lora manifest merge merge_plan packing ports predict prompts proof service shard_tasks shards"
     " storage train weights",
 }
 RAY_EDGES = set(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from paddock.demo.prepare import ensure
 from paddock.errors import ConfigError
 from paddock.ledger import Ledger
 from paddock.merge import merge
+from paddock.ports import free_port
 from paddock.predict import ledger_key, predict, read_test
 from paddock.report import Run, write_report
 from paddock.scoring import parse_predictions, profile_of, score
@@ -87,7 +87,7 @@ def run(config: DemoConfig) -> Summary:
             tuned = merge(_tuned(config, summary.checkpoint))
             proof = manifest.check(tuned, "model").extra["merged_vs_adapter"]
             summary.merged_vs_adapter = {name: proof[name] for name in ("max_abs_logit_diff", "top1_agreement")}
-        http = {"host": _HOST, "port": _free_port()}
+        http = {"host": _HOST, "port": free_port()}
         runs = [_predict(config, "tuned", str(tuned), gold, http, summary)]
         if gold:
             runs.insert(0, _predict(config, "base", config.model.path, gold, http, summary))
@@ -148,12 +148,6 @@ def _predict_config(config: DemoConfig, name: str, model: str) -> PredictConfig:
         output_dir=f"{config.output_dir}/predictions/{name}",
         overwrite=config.overwrite,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind((_HOST, 0))
-        return int(free.getsockname()[1])
 
 
 def _predict(config: DemoConfig, name: str, model: str, gold: list[Row], http: dict[str, Any], summary: Summary) -> Run:

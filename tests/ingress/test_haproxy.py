@@ -17,6 +17,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from paddock import ingress
 from paddock.ingress.haproxy import close
 from paddock.ingress.tries import HEADER, PLACE
+from paddock.ports import free_port
 
 # With a value for each variable.
 WRITTEN = re.sub(r"{{[^}]*}}", "9", HAPROXY_CONFIG_TEMPLATE.replace("{{ config.maxconn }}", "4096"))
@@ -57,9 +58,7 @@ def test_it_starts_under_any_sensible_limit(descriptors: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
     launcher = Path(ingress.__file__).with_name("haproxy")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = Path(ingress._private_directory())
     file = place / f"test-{port}.cfg"
     file.write_text(ingress._PROBE.format(place=place).replace("127.0.0.1:1", f"127.0.0.1:{port}"), encoding="utf-8")

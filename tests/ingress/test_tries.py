@@ -20,6 +20,7 @@ from ray import serve
 from paddock import ingress
 from paddock.ingress import tries
 from paddock.ingress.tries import HEADER, Tries
+from paddock.ports import free_port
 
 # What Serve starts of a replica where HAProxy stands before it, with an engine that one request ends.
 REPLICA = """
@@ -112,13 +113,6 @@ def test_it_goes_on_counting_where_the_directory_was_tidied_away(place: Path) ->
     shutil.rmtree(place)
     request = {HEADER: str(uuid.uuid4())}
     assert [Tries(request).begin() for _ in range(2)] == [1, 2]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def listens(port: int) -> bool:

@@ -36,10 +36,11 @@ from paddock.benchmark import Record
 from paddock.benchmark.apart import Apart
 from paddock.benchmark.random_llama import LlamaBenchmarkConfig, hf_generate, write_model, write_weights
 from paddock.benchmark.serve_client import UNARY, Likeliest, bench, divergence, likeliest
-from paddock.benchmark.servers import Server, free_port, running, serve_run, vllm_serve
+from paddock.benchmark.servers import Server, running, serve_run, vllm_serve
 from paddock.config import ServeConfig, build
 from paddock.config_parts import Split
 from paddock.errors import ConfigError, ServiceError
+from paddock.ports import free_port
 
 VLLM, OURS, FP8 = "vllm", "paddock", "paddock-fp8"
 MODES = {"streaming": "openai", "unary": UNARY}

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -116,12 +115,6 @@ def serve_run(file: Path, port: int, arguments: Mapping[str, Any]) -> list[str]:
     tree = {"proxy_location": "HeadOnly", "http_options": options, "applications": [application]}
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(file)]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _flag(key: str, value: Any) -> list[str]:

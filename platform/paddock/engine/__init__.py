@@ -211,7 +211,7 @@ class Engine:
             params.n, params.logprobs = best_of, params.logprobs or 0
         if choices is not None:
             params.structured_outputs = StructuredOutputsParams(choice=list(choices))
-        lora = self._lora_request(adapter) if adapter is not None else None
+        lora = None if adapter is None else await self._lora_request(adapter)
         final: Any = None
         try:
             renderer = self._llm.renderer
@@ -253,7 +253,7 @@ class Engine:
         if self.adapters is None:
             raise UnknownAdapterError(f"the model {model[:100]!r} does not exist; {self.served_model_name!r} is served")
         directory = str(await asyncio.to_thread(self.adapters.open, name))
-        request = self._lora_request(directory, name)
+        request = await self._lora_request(directory, name)
         # One that vLLM has not yet taken must not reach its scheduler: failing to load there ends the engine.
         if directory not in self._loaded:
             async with self._loading:
@@ -265,15 +265,17 @@ class Engine:
                 self._loaded.add(directory)
         return request
 
-    def _lora_request(self, adapter: str, name: str | None = None) -> Any:
+    async def _lora_request(self, adapter: str, name: str | None = None) -> Any:
         """vLLM's name for an adapter: a number of its own within this engine."""
         from vllm.lora.request import LoRARequest
 
         if not self._args.enable_lora:
             raise ValueError(f"{adapter}: this engine serves no adapters; start it with enable_lora")
         if adapter not in self._adapters:
-            number, path = next(self._numbers), str(storage.fetch(adapter))
-            self._adapters[adapter] = LoRARequest(lora_name=name or adapter, lora_int_id=number, lora_path=path)
+            path = str(await asyncio.to_thread(storage.fetch, adapter))  # of a URI it may take long
+            if adapter not in self._adapters:  # else another request was quicker
+                number = next(self._numbers)
+                self._adapters[adapter] = LoRARequest(lora_name=name or adapter, lora_int_id=number, lora_path=path)
         return self._adapters[adapter]
 
     async def openai_app(self) -> Any:

@@ -18,7 +18,6 @@ Serve is started by `serve run deployments:app` or a job; for a cluster that is 
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import paddock
 from paddock.ingress import tries
+from paddock.ports import free_port
 
 ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 _LAUNCHER = Path(__file__).with_name("haproxy")
@@ -120,7 +120,7 @@ def _haproxy_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
         # Serve's own proxy stands behind, for when there is no replica; two services on a machine need two ports.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": os.environ.get("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT") or str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": os.environ.get("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT") or str(free_port()),
         # A replica that goes stays reachable for so long; HAProxy knows of it within a second.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     }
@@ -143,10 +143,3 @@ def _private_directory() -> str:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         place = Path(tempfile.mkdtemp(prefix="p-", dir=place.parent))
     return str(place)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
