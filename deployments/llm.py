@@ -207,6 +207,8 @@ class LLM:
             os._exit(1)
 
     async def __del__(self) -> None:
+        if hasattr(self, "exporting"):
+            self.exporting.cancel()
         if hasattr(self, "engine"):
             # Not in a thread: vLLM's own task would see its engine die, and log that as an error.
             self.engine.shutdown()
