@@ -13,8 +13,6 @@ from paddock import ports
 
 def test_a_free_port_is_none_of_those_that_the_system_gives_away() -> None:
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    if not given.exists():
-        pytest.skip("no Linux")
     found = {ports.free_port() for _ in range(200)}
     assert max(found) < int(given.read_text().split()[0])
     assert len(found) > 150

@@ -2,7 +2,7 @@
 
 A model is larger than the memory that a machine has to spare. Kept in the page cache, each of its pages takes a new one
 that the kernel, or the host of a virtual machine, has to find and clear: measured, up to 2 s a GB, which is more than
-all that a merge computes from it. Where pages go round it is 0.2 s.
+all that a merge computes from it. Where pages go round it is 0.1 to 0.3 s.
 """
 
 from __future__ import annotations

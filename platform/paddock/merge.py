@@ -42,7 +42,7 @@ def merge(config: MergeConfig) -> str | Path:
     """
     manifest.apart(config.output_dir, config.base_model, *config.lora_model)
     with ThreadPoolExecutor(1) as pool:
-        # Hashing 13 GB takes 8 s of a core: that goes on while shards are written.
+        # Hashing 13 GB takes 9 s of a core: that goes on while shards are written.
         inputs = pool.submit(_inputs, config)
         return _merge(config, plan_of(config), inputs, pool.submit(lambda: _hashes(inputs.result())))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.access import Gate
@@ -22,6 +23,7 @@ from paddock.ingress import tries
 from paddock.ingress.proxy import Proxied
 from paddock.usage import CURRENT
 
+PATHS = ("/v1/completions", "/v1/completions/", "/v1/models", "/load")
 ALICE = ApiKey(name="alice", sha256=digest_of("sk-alice"))
 ROOT = ApiKey(name="root", sha256=digest_of("sk-root"), admin=True)
 SECRET = "患者李某，乙肝"
@@ -149,6 +151,16 @@ def test_a_request_whose_replica_died_is_charged_once() -> None:
     for name in (tries.SCOPE, tries.HEADER):
         said = ask(Proxied(gate_of(once, limits=limits)), key="sk-alice", headers={name: "2"})
         assert said.status_code == 429
+
+
+def test_only_forwarded_paths_by_their_methods_go_straight_to_vllm_and_only_with_a_key() -> None:
+    def says(name: str) -> App:
+        return PlainTextResponse(name)
+
+    gate = Gate(says("ours"), AccessPart(), KeyRing([ALICE]), None, says("vLLM's"), {"/v1/completions": "POST"})
+    asked = {(m, p): ask(gate, p, key="sk-alice", method=m).text for m in ("GET", "POST") for p in PATHS}
+    assert {request for request, by in asked.items() if by == "vLLM's"} == {("POST", "/v1/completions")}
+    assert ask(gate, "/v1/completions").status_code == 401
 
 
 def test_tokens_over_the_limit_are_made_up_for() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,3 +61,12 @@ def test_a_vllm_that_would_read_control_tokens_from_text_is_refused(assets: Path
 
     with pytest.raises(ServiceError, match="control tokens"):
         rendering.take_over_text(Renderer(get_tokenizer=lambda: tokenizer), TEMPLATE)
+
+
+def test_texts_are_read_by_one_thread_beside_the_event_loop() -> None:
+    async def threads() -> set[int]:
+        return set(await asyncio.gather(*(rendering.aside(threading.get_ident) for _ in range(8))))
+
+    found = asyncio.run(threads())
+    assert len(found) == 1
+    assert threading.get_ident() not in found

@@ -42,6 +42,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 # Below this every vLLM means greedy; a newer one raises it to 0.01 first, which draws at near-ties.
 _GREEDY_TEMPERATURE = 1e-5
+REPLICA = "PADDOCK_REPLICA"
+"""The environment variable that has the process id of the replica, for worker.py."""
 _BEAMS = 4  # as many as Hugging Face's examples take
 # What is set by the configuration's own keys, or by Engine itself.
 _OWN_ARGUMENTS = {"model": "model", "served_model_name": "served_model_name", "tokenizer": "model"}
@@ -135,7 +137,7 @@ class Engine:
         if self.adapters is not None:
             engine["enable_lora"] = True
         engine.setdefault("worker_extension_cls", "paddock.engine.worker.WorkerExtension")
-        os.environ["PADDOCK_REPLICA"] = str(os.getpid())
+        os.environ[REPLICA] = str(os.getpid())
         if current_platform.is_cpu():
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)

@@ -14,8 +14,7 @@ from contextlib import suppress
 
 from vllm.platforms import current_platform
 
-REPLICA = "PADDOCK_REPLICA"
-"""The environment variable that has the process id of the replica."""
+from paddock.engine import REPLICA
 
 
 class WorkerExtension:
