@@ -211,4 +211,4 @@ class LLM:
             self.exporting.cancel()
         if hasattr(self, "engine"):
             # Not in a thread: vLLM's own task would see its engine die, and log that as an error.
-            self.engine.shutdown()
+            await self.engine.shutdown()

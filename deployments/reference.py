@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paddock import prompts
 from paddock.adapters import UnknownAdapterError
 from paddock.engine import Generation
-from paddock.engine.rendering import aside, request_row
+from paddock.engine.rendering import read, request_row
 from paddock.errors import ModelError, ServiceError
 
 
@@ -99,7 +99,7 @@ async def generate(
         request = GenerateRequest.model_validate_json(body)
         sampling = (request.parameters or Parameters()).sampling(defaults)
         row = request_row(template, request.instruction, request.input)
-        ids = await aside(prompts.prompt_ids, engine.tokenizer, template, row)
+        ids = await read(len(body), prompts.prompt_ids, engine.tokenizer, template, row)
         adapter = await engine.find_adapter(request.model)
         said = await engine.generate(ids, sampling, request_id, adapter=adapter)
     except ValidationError as error:

@@ -63,10 +63,11 @@ def test_a_vllm_that_would_read_control_tokens_from_text_is_refused(assets: Path
         rendering.take_over_text(Renderer(get_tokenizer=lambda: tokenizer), TEMPLATE)
 
 
-def test_texts_are_read_by_one_thread_beside_the_event_loop() -> None:
-    async def threads() -> set[int]:
-        return set(await asyncio.gather(*(rendering.aside(threading.get_ident) for _ in range(8))))
+def test_long_texts_are_read_by_one_thread_beside_the_event_loop_and_short_ones_at_once() -> None:
+    async def threads(characters: int) -> set[int]:
+        return set(await asyncio.gather(*(rendering.read(characters, threading.get_ident) for _ in range(8))))
 
-    found = asyncio.run(threads())
+    found = asyncio.run(threads(100_000))
     assert len(found) == 1
     assert threading.get_ident() not in found
+    assert asyncio.run(threads(100)) == {threading.get_ident()}

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._loading = asyncio.Lock()
         self._openai_app: Any = None
+        self._running = AsyncExitStack()
 
     @property
     def tokenizer(self) -> Any:
@@ -283,12 +284,14 @@ class Engine:
     async def openai_app(self) -> Any:
         """vLLM's own FastAPI app on this engine: `/v1/*`, `/tokenize`, `/health`, `/metrics` and more.
 
-        All its routes are there, administrative ones too: who serves it chooses which to open.
+        All its routes are there, administrative ones too: who serves it chooses which to open. It runs as under
+        `vllm serve`: with a line on its load now and then, and what was loaded so far kept from garbage collection.
         """
         if self._openai_app is None:
             self._openai_app = await openai_app.build(self._llm, self._args, self.served_model_name)
             if self.adapters is not None:
                 openai_app.open_adapters(self._openai_app, self._find)
+            await self._running.enter_async_context(self._openai_app.router.lifespan_context(self._openai_app))
         return self._openai_app
 
     async def check_health(self, timeout_s: float) -> None:
@@ -313,8 +316,9 @@ class Engine:
             with suppress(psutil.Error):
                 process.kill()
 
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         """Stop the engine's processes."""
+        await self._running.aclose()
         self._llm.shutdown()
         if self.adapters is not None:
             self.adapters.close()

@@ -20,18 +20,28 @@ from paddock.errors import ModelError, ServiceError
 _BEAM_SEARCH = {"max_tokens", "ignore_eos", "include_stop_str_in_output"}
 
 
+# What each request, and each piece of a stream, would pass: origins are the gate's business, and Serve counts requests.
+_LEFT_OUT = ("CORSMiddleware", "PrometheusInstrumentatorMiddleware")
+
+
 async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
-    """The FastAPI app of an AsyncLLM: `/v1/*`, `/tokenize`, `/health`, `/metrics` and more."""
+    """The FastAPI app of an AsyncLLM: `/v1/*`, `/tokenize`, `/health`, `/metrics` and more.
+
+    Environment variables of vLLM that are set later are not looked at.
+    """
+    from vllm import envs
+
     build_app, init_app_state, make_arg_parser, argument_parser = _entrypoints()
     defaults = vars(make_arg_parser(argument_parser()).parse_args([]))
     args = Namespace(**{**defaults, **vars(engine_args)})
     args.served_model_name = [served_model_name]
-    args.allowed_origins = []  # vLLM's default lets every web site call
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     app.add_exception_handler(AttributeError, _answer_harmony)
     await init_app_state(llm, app.state, args, tasks)
     app.state.server = SimpleNamespace()  # what vLLM tells to stop where the engine is dead
+    app.user_middleware = [each for each in app.user_middleware if each.cls.__name__ not in _LEFT_OUT]
+    envs.enable_envs_cache()  # it looks them up for each batch of tokens
     return app
 
 

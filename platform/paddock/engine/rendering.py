@@ -18,12 +18,20 @@ from paddock.errors import ServiceError
 
 Result = TypeVar("Result")
 
+_SHORT = 2048
+"""Characters that are read within a millisecond."""
 # One thread, as vLLM has: several wait for each other and for Python's lock, and so do the answers under way.
 _TOKENIZER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
 
-async def aside(work: Callable[..., Result], *arguments: Any) -> Result:
-    """What `work` returns or raises, beside the event loop, which a long text would hold up."""
+async def read(characters: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """What `work` returns or raises, which reads a text of so many characters.
+
+    A long one is read beside the event loop, which it would hold up. A short one is not: while the loop is busy,
+    another thread waits for Python's lock for many times as long as the reading takes.
+    """
+    if characters <= _SHORT:
+        return work(*arguments)
     return await asyncio.get_running_loop().run_in_executor(_TOKENIZER, work, *arguments)
 
 
@@ -53,7 +61,7 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         return {**prompt, "prompt_token_ids": ids if params.add_special_tokens else ids[1:]}
 
     async def tokenize_async(prompt: Mapping[str, Any], params: Any) -> dict[str, Any]:
-        return await aside(tokenize, prompt, params)
+        return await read(len(prompt["prompt"]), tokenize, prompt, params)
 
     def render(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
         try:
@@ -66,7 +74,7 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         return [dict(message) for message in messages], {"prompt_token_ids": ids}
 
     async def render_async(messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[list[Any], dict[str, Any]]:
-        return await aside(render, messages, params)
+        return await read(len(str(messages)), render, messages, params)
 
     renderer._tokenize_prompt, renderer._tokenize_prompt_async = tokenize, tokenize_async
     renderer.render_messages, renderer.render_messages_async = render, render_async

@@ -61,9 +61,12 @@ class Tries:
 
 
 def _add_a_byte(file: Path) -> int:
-    with file.open("ab", buffering=0) as stream:
-        stream.write(b".")
-        return stream.tell()
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(opened, b".")
+        return os.lseek(opened, 0, os.SEEK_CUR)
+    finally:
+        os.close(opened)
 
 
 @functools.cache
