@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.keys import ApiKey, KeyRing
 from paddock.config_parts import AccessPart
+from paddock.engine.direct import PATHS
 from paddock.ingress import tries
 from paddock.ingress.answers import error_response
 from paddock.usage import CURRENT, Usage
@@ -38,6 +39,7 @@ from paddock.usage import CURRENT, Usage
 logger = logging.getLogger("ray.serve")
 
 _TO_HANG_UP_S = 0.5
+_GONE = "the client has left"  # for Serve, which counts answers by status
 OPEN_PATHS = ("/health", "/is_ready")
 
 
@@ -68,12 +70,15 @@ class Gate:
         limits: KeyLimits | None = None,
         vllm_app: Any = None,
         forwarded: Mapping[str, str] = MappingProxyType({}),
+        direct: ASGIApp | None = None,
         before_answer: Callable[[], None] = lambda: None,
     ) -> None:
         """limits: needed where a key has any. vllm_app: answers `part.admin_routes`, and paths with the methods of
-        `forwarded`. before_answer: called when an answer is about to begin; nothing of it has been sent by then."""
+        `forwarded`. direct: answers POST to `paddock.engine.direct.PATHS`, and is cancelled where nobody waits for
+        that any more. before_answer: called when an answer is about to begin; nothing of it has been sent by then."""
         self._app, self._part, self._keys, self._limits = app, part, keys, limits
-        self._vllm_app, self._forwarded, self._before_answer = vllm_app, forwarded, before_answer
+        self._vllm_app, self._forwarded, self._direct = vllm_app, forwarded, direct
+        self._before_answer = before_answer
         self._ending: set[asyncio.Future[None]] = set()
         self._log = request_log(part.request_log)
         self._entered: ASGIApp = self._enter
@@ -102,7 +107,11 @@ class Gate:
                 await self._within_limits(key)
             async with asyncio.timeout(self._part.request_timeout_s):
                 body = await self._body(scope, receive)
-            await self._run(scope, _Connection(body, receive), answer)
+            connection = _Connection(body, receive)
+            if self._direct is not None and path in PATHS and scope["method"] == "POST":
+                await self._run_direct(self._direct, scope, connection, answer)
+            else:
+                await self._run(scope, connection, answer)
         except RefusedError as refused:
             await error_response(path, refused.status, str(refused), refused.headers)(scope, receive, answer)
         except TimeoutError:
@@ -165,6 +174,28 @@ class Gate:
             if not message.get("more_body", False):
                 return bytes(body)
 
+    async def _run_direct(self, app: ASGIApp, scope: Scope, connection: _Connection, answer: _Answer) -> None:
+        """The answer of an app that ends when it is cancelled. Raises as `_run` does."""
+        call, left = asyncio.current_task(), False
+
+        def leave(_: asyncio.Future[None]) -> None:
+            nonlocal left
+            left = True
+            assert call is not None
+            call.cancel()
+
+        connection.left.add_done_callback(leave)
+        try:
+            async with asyncio.timeout(self._part.request_timeout_s):
+                await app(scope, connection.receive, answer)
+        except asyncio.CancelledError:
+            if not left or call is None or call.uncancel() > 0:
+                raise
+            await answer.fail(scope, 499, _GONE)
+        finally:
+            connection.left.remove_done_callback(leave)
+            connection.left.cancel()
+
     async def _run(self, scope: Scope, connection: _Connection, answer: _Answer) -> None:
         """The app's answer. Raises TimeoutError where it takes too long, and whatever the app raises."""
         path = _path(scope)
@@ -181,7 +212,7 @@ class Gate:
             if running in done or answer.complete:
                 await running
             else:
-                answer.status = 499
+                await answer.fail(scope, 499, _GONE)
         finally:
             if not running.done():
                 # vLLM gives up an answer when it hears that the client has left; merely cancelled, it would go on.

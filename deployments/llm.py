@@ -33,6 +33,7 @@ from deployments.metrics import RayExport
 from paddock import manifest
 from paddock.config import ServeConfig
 from paddock.engine import Engine, sampling_params
+from paddock.engine.direct import Direct
 from paddock.errors import ServiceError
 from paddock.ingress.answers import error_response
 from paddock.prompts import Template
@@ -132,7 +133,8 @@ class LLM:
         self.exporting = asyncio.ensure_future(RayExport().run())
 
     def gate(self, app: ASGIApp) -> Gate:
-        return Gate(app, self.config.access, self.keys, self.limits, self.openai_app, FORWARDED, self.leave_if_dead)
+        access, direct = self.config.access, Direct(self.openai_app)
+        return Gate(app, access, self.keys, self.limits, self.openai_app, FORWARDED, direct, self.leave_if_dead)
 
     @http.post("/generate")
     async def generate_http(self, request: Request) -> Response:

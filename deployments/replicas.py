@@ -17,6 +17,7 @@ from ray.serve.schema import ApplicationStatus
 from paddock import cluster, ingress
 from paddock.config import ServeConfig
 from paddock.errors import ResourceError
+from paddock.ingress.proxy import WATCHES
 
 # How many replicas beyond those that serve may start at a time while what is served is changed: one in four, and one.
 SURGE_PERCENT = 25
@@ -61,7 +62,11 @@ def runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
     over and wait for Python's lock, which took 1.4 times the processor time, and more of the clock.
     """
     given = dict(options.get("runtime_env", {}))
-    ours = {"PYTHONPATH": ingress.python_path(), "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+    ours = {
+        "PYTHONPATH": ingress.python_path(),
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        WATCHES: "1",
+    }
     variables = {**ours, **given.get("env_vars", {})}
     return {**given, "env_vars": variables}
 

@@ -317,3 +317,74 @@ def test_an_app_is_ended_though_its_call_is_cancelled_twice() -> None:
         assert ended == ["cancelled"]  # before the loop ends, which cancels all
 
     asyncio.run(call())
+
+
+class Client:
+    """The two ends of a connection to a gate, by which one request for a completion comes at once."""
+
+    def __init__(self) -> None:
+        self.left, self.sent = asyncio.Event(), list[Any]()
+        self.messages = [{"type": "http.request", "body": b"{}"}]
+
+    async def receive(self) -> Any:
+        if not self.messages:
+            await self.left.wait()
+        return self.messages.pop() if self.messages else {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def ask(self, direct: App, **part: Any) -> asyncio.Future[None]:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        gate = Gate(echo, AccessPart(**part), KeyRing(), direct=direct)
+        return asyncio.ensure_future(gate(scope, self.receive, self.send))
+
+
+@pytest.mark.parametrize("how", ["the client leaves", "it takes too long", "Serve cancels it"])
+def test_a_completion_begins_at_once_and_ends_with_whoever_waits_for_it(how: str) -> None:
+    events: list[str] = []
+
+    async def direct(scope: Scope, receive: Receive, send: Send) -> None:
+        events.append("begun")
+        try:
+            await asyncio.sleep(30)
+        finally:
+            events.append("ended")
+
+    async def call() -> None:
+        client = Client()
+        asked = client.ask(direct, request_timeout_s=0.1 if how == "it takes too long" else 60)
+        await asyncio.sleep(0)
+        assert events == ["begun"]  # before any other request has had its turn
+        await asyncio.sleep(0.02)
+        if how == "the client leaves":
+            client.left.set()
+        if how == "Serve cancels it":
+            asked.cancel()
+        await asyncio.wait({asked}, timeout=2)
+        assert asked.done()
+        assert events == ["begun", "ended"]
+        assert asked.cancelled() == (how == "Serve cancels it")
+        status = {"the client leaves": [499], "it takes too long": [504], "Serve cancels it": []}[how]
+        assert [message["status"] for message in client.sent if "status" in message] == status
+
+    asyncio.run(call())
+
+
+def test_a_completion_that_is_complete_is_not_told_to_have_failed_when_its_client_leaves() -> None:
+    async def direct(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all"})
+        await asyncio.sleep(30)
+
+    async def call() -> None:
+        client = Client()
+        asked = client.ask(direct)
+        await asyncio.sleep(0.02)
+        client.left.set()
+        await asyncio.wait({asked}, timeout=2)
+        assert asked.done()
+        assert not asked.cancelled()
+        assert [message.get("status", message.get("body")) for message in client.sent] == [200, b"all"]
+
+    asyncio.run(call())

@@ -71,3 +71,25 @@ def test_long_texts_are_read_by_one_thread_beside_the_event_loop_and_short_ones_
     assert len(found) == 1
     assert threading.get_ident() not in found
     assert asyncio.run(threads(100)) == {threading.get_ident()}
+
+
+def test_a_short_request_waits_for_nothing_and_a_long_one_does() -> None:
+    def renderer() -> SimpleNamespace:
+        def at_once(given: Any, *arguments: Any, **options: Any) -> str:
+            return "at once"
+
+        async def beside(given: Any, *arguments: Any, **options: Any) -> str:
+            return "beside"
+
+        names = ("render_cmpl", "render_chat")
+        return SimpleNamespace(**dict.fromkeys(names, at_once), **{f"{name}_async": beside for name in names})
+
+    made = renderer()
+    rendering.read_short_ones_at_once(made)
+    for render, short, long in (
+        (made.render_cmpl_async, [{"prompt": "x"}], [{"prompt": "x" * 1500}] * 2),
+        (made.render_cmpl_async, [{"prompt_token_ids": [1] * 5000}], [b"embedded"]),
+        (made.render_chat_async, [[{"role": "user", "content": "x"}]], [[{"role": "user", "content": "x" * 3000}]]),
+    ):
+        assert asyncio.run(render(short)) == "at once"
+        assert asyncio.run(render(long)) == "beside"

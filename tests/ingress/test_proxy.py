@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from paddock.ingress import tries
-from paddock.ingress.proxy import Proxied, middlewares
+from paddock.ingress.proxy import WATCHES, Proxied, middlewares
 
 
 class Serve:
@@ -123,3 +123,21 @@ def test_a_client_that_left_is_not_asked_for() -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     asyncio.run(Proxied(serve)(scope, receive, send))
     assert (sent, len(serve.bodies)) == ([], 1)
+
+
+@pytest.mark.parametrize("watches", [False, True])
+def test_serve_listens_for_clients_that_leave_unless_the_replica_does(
+    watches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve._private.http_util import parse_disconnect_disabled_header
+
+    monkeypatch.setenv(WATCHES, "1" if watches else "")
+    seen: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(parse_disconnect_disabled_header(dict(scope["headers"])))
+        for message in answer(200, b"fine"):
+            await send(message)
+
+    ask(Proxied(app), "/v1/completions")
+    assert seen == [watches]

@@ -85,6 +85,22 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         raise ServiceError("this version of vLLM reads control tokens from a user's text, and would not let us stop it")
 
 
+def read_short_ones_at_once(renderer: Any) -> None:
+    """Where all of a request is short, vLLM's methods that wait for nothing, for those that start tasks."""
+    cmpl, chat = renderer.render_cmpl_async, renderer.render_chat_async
+
+    async def render_cmpl(given: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        texts = [prompt.get("prompt") or "" for prompt in given if isinstance(prompt, Mapping)]
+        short = len(texts) == len(given) and sum(map(len, texts)) <= _SHORT
+        return renderer.render_cmpl(given, *arguments, **options) if short else await cmpl(given, *arguments, **options)
+
+    async def render_chat(given: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        short = len(str(given)) <= _SHORT
+        return renderer.render_chat(given, *arguments, **options) if short else await chat(given, *arguments, **options)
+
+    renderer.render_cmpl_async, renderer.render_chat_async = render_cmpl, render_chat
+
+
 def chat_row(template: prompts.Template, messages: Sequence[Mapping[str, Any]]) -> Row:
     """One turn of chat as the row that it was trained as. Raises ValueError for any other conversation."""
     if not all(isinstance(message, Mapping) for message in messages):  # vLLM reads other models' formats, too

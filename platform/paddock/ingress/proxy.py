@@ -8,6 +8,7 @@ replica died with a 500.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -21,6 +22,10 @@ from paddock.ingress.answers import error_response
 # What is kept of a request to be sent again.
 _MOST_BYTES = 8 * 2**20
 _RETRY_AFTER = {"retry-after": "1"}
+WATCHES = "PADDOCK_WATCHES_CLIENTS"
+"""The environment variable of replicas whose app hears by itself that a client has left. Serve, which would listen for
+that too, is told not to: it takes two tasks a request, and turns in which others come first."""
+_UNWATCHED = (b"x-request-disconnect-disabled", b"?1")  # ray.serve._private.constants
 _MESSAGES = {
     408: "the answer took too long",
     429: "all replicas and their queues are full; try again later",
@@ -47,7 +52,8 @@ class Proxied:
         try:
             while (number := begun.begin()) <= tries.MOST:
                 request.rewind()
-                again = {**scope, "headers": list(scope["headers"]), tries.SCOPE: number}
+                headers = [*scope["headers"], _UNWATCHED] if os.environ.get(WATCHES) else list(scope["headers"])
+                again = {**scope, "headers": headers, tries.SCOPE: number}
                 await self._app(again, request.receive, answer)
                 # Where a replica died, Serve ends without a word.
                 if answer.begun or not request.whole:
