@@ -31,7 +31,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.keys import ApiKey, KeyRing
 from paddock.config_parts import AccessPart
-from paddock.engine.direct import PATHS
 from paddock.ingress import tries
 from paddock.ingress.answers import error_response
 from paddock.usage import CURRENT, Usage
@@ -70,12 +69,13 @@ class Gate:
         limits: KeyLimits | None = None,
         vllm_app: Any = None,
         forwarded: Mapping[str, str] = MappingProxyType({}),
-        direct: ASGIApp | None = None,
+        direct: Callable[[Scope, bytes], ASGIApp | None] | None = None,
         before_answer: Callable[[], None] = lambda: None,
     ) -> None:
         """limits: needed where a key has any. vllm_app: answers `part.admin_routes`, and paths with the methods of
-        `forwarded`. direct: answers POST to `paddock.engine.direct.PATHS`, and is cancelled where nobody waits for
-        that any more. before_answer: called when an answer is about to begin; nothing of it has been sent by then."""
+        `forwarded`. direct: finds an app for a request and its body before all of these, one that is cancelled when
+        nobody waits for it any more (`paddock.engine.direct`). before_answer: called when an answer is about to begin;
+        nothing of it has been sent by then."""
         self._app, self._part, self._keys, self._limits = app, part, keys, limits
         self._vllm_app, self._forwarded, self._direct = vllm_app, forwarded, direct
         self._before_answer = before_answer
@@ -108,8 +108,9 @@ class Gate:
             async with asyncio.timeout(self._part.request_timeout_s):
                 body = await self._body(scope, receive)
             connection = _Connection(body, receive)
-            if self._direct is not None and path in PATHS and scope["method"] == "POST":
-                await self._run_direct(self._direct, scope, connection, answer)
+            direct = None if self._direct is None or path in self._part.admin_routes else self._direct(scope, body)
+            if direct is not None:
+                await self._run_direct(direct, scope, connection, answer)
             else:
                 await self._run(scope, connection, answer)
         except RefusedError as refused:
@@ -167,7 +168,7 @@ class Gate:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise RefusedError(400, "the client left before its body was complete")
+                raise RefusedError(499, _GONE)
             body += message.get("body", b"")
             if len(body) > most:
                 raise too_large
@@ -175,26 +176,34 @@ class Gate:
                 return bytes(body)
 
     async def _run_direct(self, app: ASGIApp, scope: Scope, connection: _Connection, answer: _Answer) -> None:
-        """The answer of an app that ends when it is cancelled. Raises as `_run` does."""
-        call, left = asyncio.current_task(), False
+        """The answer of an app that ends when it is cancelled, whatever it makes of that. Raises as `_run` does."""
+        call, why, over = asyncio.current_task(), "", False
+        assert call is not None
+        cancelled = call.cancelling()
 
-        def leave(_: asyncio.Future[None]) -> None:
-            nonlocal left
-            left = True
-            assert call is not None
-            call.cancel()
+        def end(reason: str) -> None:
+            nonlocal why
+            if not over and not why:
+                why, answer.muted = reason, True
+                call.cancel()
 
-        connection.left.add_done_callback(leave)
+        timer = asyncio.get_running_loop().call_later(self._part.request_timeout_s, end, "late")
+        connection.left.add_done_callback(lambda _: end("left"))
         try:
-            async with asyncio.timeout(self._part.request_timeout_s):
-                await app(scope, connection.receive, answer)
-        except asyncio.CancelledError:
-            if not left or call is None or call.uncancel() > 0:
+            await app(scope, connection.receive, answer)
+        except (asyncio.CancelledError, Exception):
+            if not why:
                 raise
-            await answer.fail(scope, 499, _GONE)
         finally:
-            connection.left.remove_done_callback(leave)
+            over = True
+            timer.cancel()
             connection.left.cancel()
+        if (call.uncancel() if why else call.cancelling()) > cancelled:  # by Serve
+            raise asyncio.CancelledError
+        if why == "late":
+            raise TimeoutError
+        if why == "left":
+            await answer.fail(scope, 499, _GONE)
 
     async def _run(self, scope: Scope, connection: _Connection, answer: _Answer) -> None:
         """The app's answer. Raises TimeoutError where it takes too long, and whatever the app raises."""

@@ -68,6 +68,8 @@ def runtime_env(options: Mapping[str, Any]) -> dict[str, Any]:
         WATCHES: "1",
     }
     variables = {**ours, **given.get("env_vars", {})}
+    if variables["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] != "0":
+        variables[WATCHES] = ""  # what the server hears then belongs to another thread
     return {**given, "env_vars": variables}
 
 

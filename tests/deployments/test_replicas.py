@@ -23,6 +23,9 @@ def test_a_replica_finds_these_packages_wherever_ray_was_started(root: Path) -> 
     runtime_env = replicas.runtime_env({"runtime_env": {"pip": ["x"], "env_vars": {"A": "1"}}})
     assert runtime_env["pip"] == ["x"]
     assert runtime_env["env_vars"]["A"] == "1"
+    assert runtime_env["env_vars"]["PADDOCK_WATCHES_CLIENTS"] == "1"
+    apart = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}}
+    assert replicas.runtime_env({"runtime_env": apart})["env_vars"]["PADDOCK_WATCHES_CLIENTS"] == ""
     assert runtime_env["env_vars"]["PYTHONPATH"].split(os.pathsep)[:2] == [str(root / "platform"), str(root)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from paddock.engine.direct import PATHS, Direct
@@ -35,6 +36,8 @@ class Completions:
                 await asyncio.Event().wait()
             finally:
                 self.ended.set()
+        if request.prompt == "harmony":
+            raise AttributeError("harmony")
         if request.stream:
             return self._pieces()
         usage = {"prompt_tokens": 1, "total_tokens": 1}
@@ -47,18 +50,18 @@ class Completions:
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
+    from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat_router
     from vllm.entrypoints.openai.completion.api_router import attach_router
 
     made = FastAPI()
     attach_router(made)
+    attach_chat_router(made)
     made.state.openai_serving_completion = Completions()
     made.add_exception_handler(ValueError, _said)
     return made
 
 
 async def _said(request: Any, error: Exception) -> Any:
-    from starlette.responses import PlainTextResponse
-
     return PlainTextResponse(f"the app says: {error}", 400)
 
 
@@ -71,44 +74,52 @@ def ask(app: Any, body: bytes, kind: str = "application/json") -> tuple[int, str
     return asyncio.run(post())
 
 
-@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=str)
+def directly(app: FastAPI) -> Any:
+    """An ASGI app that goes the short way, or fails."""
+    direct = Direct(app)
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        found = direct(scope, (await receive())["body"])
+        assert found is not None, "the long way"
+        await found(scope, receive, send)
+
+    return call
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"prompt": "wrong"}], ids=str)
 def test_an_ordinary_request_is_answered_as_by_the_app_without_it(
     app: FastAPI, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = json.dumps({**BODY, **more}).encode()
-    direct = Direct(app)
     expected = ask(app, body)
 
     async def nobody(self: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("not directly")
 
     monkeypatch.setattr(FastAPI, "__call__", nobody)
-    assert ask(direct, body) == expected
-    assert expected[0] == 200
+    assert ask(directly(app), body) == expected
+    assert expected[0] == (400 if more.get("prompt") else 200)
+
+
+def test_an_error_without_a_handler_is_raised(app: FastAPI) -> None:
+    with pytest.raises(AttributeError, match="harmony"):
+        ask(directly(app), json.dumps({**BODY, "prompt": "harmony"}).encode())
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"),
+    ("body", "kind", "method"),
     [
-        (b"{", "application/json"),
-        (b"[" * 100_000, "application/json"),
-        (json.dumps({**BODY, "max_tokens": "x"}).encode(), "application/json"),
-        (json.dumps({**BODY, "prompt": None}).encode(), "application/json"),
-        (json.dumps(BODY).encode(), "text/plain"),
-        (json.dumps({**BODY, "prompt": "wrong"}).encode(), "application/json"),
+        (b"{", "application/json", "POST"),
+        (b"[" * 100_000, "application/json", "POST"),
+        (json.dumps({**BODY, "max_tokens": "x"}).encode(), "application/json", "POST"),
+        (json.dumps({**BODY, "prompt": None}).encode(), "application/json", "POST"),
+        (json.dumps(BODY).encode(), "text/plain", "POST"),
+        (json.dumps(BODY).encode(), "application/json", "GET"),
     ],
 )
-def test_what_goes_wrong_is_told_by_the_app(app: FastAPI, body: bytes, kind: str) -> None:
-    expected = _outcome(app, body, kind)
-    assert _outcome(Direct(app), body, kind) == expected
-    assert expected[0] != 200
-
-
-def _outcome(app: Any, body: bytes, kind: str) -> Any:
-    try:
-        return ask(app, body, kind)
-    except Exception as error:  # FastAPI alone has no answer to it
-        return type(error), str(error)
+def test_what_is_no_ordinary_request_is_left_to_the_app(app: FastAPI, body: bytes, kind: str, method: str) -> None:
+    scope = {"type": "http", "method": method, "path": PATHS[0], "headers": [(b"content-type", kind.encode())]}
+    assert Direct(app)(scope, body) is None
 
 
 def test_cancelling_it_ends_the_work(app: FastAPI) -> None:
@@ -123,7 +134,7 @@ def test_cancelling_it_ends_the_work(app: FastAPI) -> None:
 
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": PATHS[0], "headers": headers, "query_string": b""}
-        call = asyncio.ensure_future(Direct(app)(scope, receive, _never))
+        call = asyncio.ensure_future(directly(app)(scope, receive, _never))
         await asyncio.sleep(0.05)
         call.cancel()
         await asyncio.wait({call}, timeout=1)
@@ -136,6 +147,17 @@ async def _never(message: Any) -> None:
     raise AssertionError(message)
 
 
-def test_a_vllm_without_these_routes_is_asked_by_its_app() -> None:
-    said = SimpleNamespace(routes=[])
-    assert Direct(said)._endpoints == {}
+@pytest.mark.parametrize("why", ["routes", "middleware"])
+def test_a_vllm_whose_app_does_more_is_asked_through_it(
+    why: str, app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Authentication:
+        """vLLM's, where VLLM_API_KEY is set."""
+
+    routes = [] if why == "routes" else app.routes
+    middleware = [SimpleNamespace(cls=Authentication)] if why == "middleware" else []
+    direct = Direct(SimpleNamespace(routes=routes, user_middleware=middleware))
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": PATHS[0], "headers": headers}
+    assert direct(scope, json.dumps(BODY).encode()) is None
+    assert ("Authentication" if why == "middleware" else "not where they were") in caplog.text

@@ -319,10 +319,12 @@ class Engine:
 
     async def shutdown(self) -> None:
         """Stop the engine's processes."""
-        await self._running.aclose()
-        self._llm.shutdown()
-        if self.adapters is not None:
-            self.adapters.close()
+        try:
+            await self._running.aclose()
+        finally:
+            self._llm.shutdown()
+            if self.adapters is not None:
+                self.adapters.close()
 
 
 def _vllm_sampling(values: Mapping[str, Any]) -> Any:

@@ -18,8 +18,6 @@ from paddock.errors import ModelError, ServiceError
 
 # What vLLM's beam search knows of sampling.
 _BEAM_SEARCH = {"max_tokens", "ignore_eos", "include_stop_str_in_output"}
-
-
 # What each request, and each piece of a stream, would pass: origins are the gate's business, and Serve counts requests.
 _LEFT_OUT = ("CORSMiddleware", "PrometheusInstrumentatorMiddleware")
 
@@ -35,12 +33,13 @@ async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
     defaults = vars(make_arg_parser(argument_parser()).parse_args([]))
     args = Namespace(**{**defaults, **vars(engine_args)})
     args.served_model_name = [served_model_name]
+    args.allowed_origins = []  # vLLM's default lets every web site call
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     app.add_exception_handler(AttributeError, _answer_harmony)
     await init_app_state(llm, app.state, args, tasks)
     app.state.server = SimpleNamespace()  # what vLLM tells to stop where the engine is dead
-    app.user_middleware = [each for each in app.user_middleware if each.cls.__name__ not in _LEFT_OUT]
+    app.user_middleware = [m for m in app.user_middleware if getattr(m.cls, "__name__", "") not in _LEFT_OUT]
     envs.enable_envs_cache()  # it looks them up for each batch of tokens
     return app
 
