@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from paddock.engine import Engine, openai_app
 from paddock.engine.direct import PATHS, Direct
 
 BODY = {"model": "m", "prompt": "p", "max_tokens": 2}
@@ -161,3 +163,38 @@ def test_a_vllm_whose_app_does_more_is_asked_through_it(
     scope = {"type": "http", "method": "POST", "path": PATHS[0], "headers": headers}
     assert direct(scope, json.dumps(BODY).encode()) is None
     assert ("Authentication" if why == "middleware" else "not where they were") in caplog.text
+
+
+def test_it_knows_the_routes_of_vllms_whole_app_without_the_middlewares_that_are_left_out() -> None:
+    build_app, _, make_arg_parser, argument_parser = openai_app._entrypoints()
+    app = build_app(make_arg_parser(argument_parser()).parse_args([]), ("generate",), None)
+    assert Direct(app)._endpoints == {}  # one that counts requests and one for origins are around
+    openai_app.leave_out_middlewares(app)
+    assert set(Direct(app)._endpoints) == set(PATHS)
+
+
+def test_vllms_app_runs_until_the_engine_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        events.append("begun")
+        yield
+        events.append("ended")
+        raise RuntimeError("and failed")
+
+    async def build(*arguments: Any) -> FastAPI:
+        return FastAPI(lifespan=lifespan)
+
+    async def run() -> None:
+        monkeypatch.setattr(openai_app, "build", build)
+        engine = object.__new__(Engine)
+        engine._openai_app, engine.adapters, engine._running = None, None, AsyncExitStack()
+        engine._llm = SimpleNamespace(shutdown=lambda: events.append("engine stopped"))
+        engine._args, engine.served_model_name = None, "m"
+        assert await engine.openai_app() is await engine.openai_app()
+        with pytest.raises(RuntimeError, match="and failed"):
+            await engine.shutdown()
+
+    asyncio.run(run())
+    assert events == ["begun", "ended", "engine stopped"]

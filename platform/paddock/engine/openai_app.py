@@ -39,9 +39,14 @@ async def build(llm: Any, engine_args: Any, served_model_name: str) -> Any:
     app.add_exception_handler(AttributeError, _answer_harmony)
     await init_app_state(llm, app.state, args, tasks)
     app.state.server = SimpleNamespace()  # what vLLM tells to stop where the engine is dead
-    app.user_middleware = [m for m in app.user_middleware if getattr(m.cls, "__name__", "") not in _LEFT_OUT]
+    leave_out_middlewares(app)
     envs.enable_envs_cache()  # it looks them up for each batch of tokens
     return app
+
+
+def leave_out_middlewares(app: Any) -> None:
+    """Take out what the gate and Serve do already, before the app's first request."""
+    app.user_middleware = [m for m in app.user_middleware if getattr(m.cls, "__name__", "") not in _LEFT_OUT]
 
 
 async def _answer_harmony(request: Any, error: Exception) -> JSONResponse:
