@@ -34,6 +34,8 @@ def test_headline_figures_are_the_lowest_of_medians() -> None:
         {"stage": "concurrency", "sides": [OURS], "failed": "a later one"},
         row("fp8", VLLM, "streaming", 128, 100),
         row("fp8", FP8, "streaming", 128, 160),
+        row("fp8", VLLM, "unary", 128, 100),
+        row("fp8", FP8, "unary", 128, 170),
         {"stage": "fp8", "what": "logits", "kl": 0.01, "top_1": 0.9},
         {"stage": "hf", "side": "hf", "concurrency": 32, "output_throughput": 100},
     ]
@@ -46,6 +48,8 @@ def test_headline_figures_are_the_lowest_of_medians() -> None:
         "ttft_added_ms_by_concurrency": {"32": 5.0},
         "speedup_fp8": 1.6,
         "speedup_fp8_by_concurrency": {"128": 1.6},
+        "speedup_fp8_unary": 1.7,
+        "speedup_fp8_unary_by_concurrency": {"128": 1.7},
         "fp8_kl": 0.01,
         "fp8_top_1": 0.9,
         "speedup_vs_hf": {"32": 9.0},
@@ -80,7 +84,7 @@ def test_every_stage_ends_and_leaves_no_process(tmp_path: Path, monkeypatch: pyt
     few = {"concurrencies": (1, 2), "fp8_concurrencies": (2,), "hf_concurrencies": (1, 2), "rates": (4.0,)}
     config = ServeBenchmarkConfig(
         output_dir=str(tmp_path), vocab_size=6000, repeats=1, rate_seconds=2, input_len=32, output_len=8,
-        logit_prompts=2, fp8={"dtype": "float32"}, **shape, **few,
+        logit_prompts=2, fp8={"dtype": "float32", "stream_interval": 4}, **shape, **few,
     )  # fmt: skip
     found = json.loads(run(config.model_copy(update={"stages": ("concurrency", "rates", "hf")})).read_text())
     assert found["summary"].keys() >= {"throughput_vs_vllm", "throughput_vs_vllm_streaming", "speedup_vs_hf"}
@@ -92,7 +96,7 @@ def test_every_stage_ends_and_leaves_no_process(tmp_path: Path, monkeypatch: pyt
     assert {(row["stage"], row["side"], row["mode"]) for row in measured} == {
         *(("concurrency", side, mode) for side in (VLLM, OURS) for mode in ("streaming", "unary")),
         *(("rates", side, "streaming") for side in (VLLM, OURS)),
-        *(("fp8", side, "streaming") for side in (VLLM, FP8)),
+        *(("fp8", side, mode) for side in (VLLM, FP8) for mode in ("streaming", "unary")),
     }
     assert {row["total_input_tokens"] / row["completed"] for row in measured} == {32.0}
     left = [p for p in psutil.process_iter(["cmdline"]) if "paddock-benchmark-" in " ".join(p.info["cmdline"] or [])]

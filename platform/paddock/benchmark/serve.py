@@ -2,7 +2,9 @@
 
     concurrency   so many clients at a time, streaming and unary: output tokens/s and times to the first token
     rates         Poisson arrivals: times to the first token, between tokens, and requests that meet the goodput
-    fp8           ours with FP8 weights and KV cache beside plain bf16, and how far its logits are from bf16's
+    fp8           ours with FP8 weights and KV cache beside plain bf16, and how far its logits are from bf16's. An
+                  event of its streams holds up to `stream_interval` tokens: with one a token, the process that answers
+                  is busier than the card
     hf            transformers' `generate` of as many prompts at once as there were clients
 
 The load is `vllm bench serve` (serve_client.py): random prompts, every answer of the same length, other prompts in each
@@ -65,7 +67,7 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
     concurrencies: tuple[int, ...] = (1, 32, 128, 256)
     """Clients at a time."""
     fp8_concurrencies: tuple[int, ...] = (128, 256)
-    """Those for fp8, which stream."""
+    """Those for fp8."""
     hf_concurrencies: tuple[int, ...] = (1, 32, 128)
     """Prompts at once for transformers, each of which should be among `concurrencies`."""
     repeats: int = Field(default=3, ge=1)
@@ -88,7 +90,9 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
     """Likeliest tokens that are compared at each."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments, for both; null takes one of the benchmark's own away."""
-    fp8: dict[str, Any] = Field(default_factory=lambda: {"quantization": "fp8", "kv_cache_dtype": "fp8"})
+    fp8: dict[str, Any] = Field(
+        default_factory=lambda: {"quantization": "fp8", "kv_cache_dtype": "fp8", "stream_interval": 8}
+    )
     """Those that `fp8` adds to ours."""
     serve: dict[str, Any] = Field(default_factory=dict)
     """Keys of our service (`serve run deployments:app KEY=...`) beside its model and engine."""
@@ -168,8 +172,7 @@ class _Benchmark:
         self._repeat("concurrency", sides, MODES, self.config.concurrencies)
 
     def _fp8(self, sides: Sequence[str]) -> None:
-        modes = {"streaming": MODES["streaming"]}
-        self._warm_up(sides, modes)
+        self._warm_up(sides, MODES)
         for side in sides:
             prompts, count = self._prompts(self.config.logit_prompts), self.config.logit_tokens
             url, timeout_s = self.servers[side][0].url, self.config.bench_timeout_s
@@ -178,7 +181,7 @@ class _Benchmark:
             kl, top_1 = divergence(self.logits[FP8], self.logits[VLLM])
             positions = len(self.logits[VLLM])
             self.record.add(stage="fp8", what="logits", positions=positions, kl=round(kl, 6), top_1=round(top_1, 4))
-        self._repeat("fp8", sides, modes, self.config.fp8_concurrencies)
+        self._repeat("fp8", sides, MODES, self.config.fp8_concurrencies)
 
     def _rates(self, sides: Sequence[str]) -> None:
         for rate in self.config.rates:
@@ -303,10 +306,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if "32" in added:
         found["ttft_added_ms"] = added["32"]
     plain, fp8 = (_medians(rows, "fp8", side) for side in (VLLM, FP8))
-    speedups = {key[1]: fp8[key]["throughput"] / plain[key]["throughput"] for key in plain if key in fp8}
-    if speedups:
-        found["speedup_fp8"] = round(min(speedups.values()), 3)
-        found["speedup_fp8_by_concurrency"] = {str(c): round(s, 3) for c, s in speedups.items()}
+    for mode, suffix in (("streaming", ""), ("unary", "_unary")):
+        keys = [key for key in plain if key[0] == mode and key in fp8]
+        speedups = {key[1]: fp8[key]["throughput"] / plain[key]["throughput"] for key in keys}
+        if speedups:
+            found[f"speedup_fp8{suffix}"] = round(min(speedups.values()), 3)
+            found[f"speedup_fp8{suffix}_by_concurrency"] = {str(c): round(s, 3) for c, s in speedups.items()}
     found |= {f"fp8_{key}": row[key] for row in rows if row.get("what") == "logits" for key in ("kl", "top_1")}
     hf = {row["concurrency"]: row["output_throughput"] for row in rows if row.get("side") == "hf"}
     ours = {c: medians["throughput"] for (mode, c), medians in sides[OURS].items() if mode == "unary" and c in hf}
