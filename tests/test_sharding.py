@@ -30,6 +30,7 @@ def _two_steps(base: Path, blocks_file: Path, directory: Path, recipe: TrainPart
     """What `paddock.train` does with a model, on however many processes there are."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     blocks = packing.PackedBlocks(blocks_file)
+    torch.compiler.reset()  # after so many kinds of run in one process it would compile no more
     torch.manual_seed(0)
     part = LoraPart.model_validate({"r": 4, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]})
     peft_model = lora.attach(lora.load_base(ModelConfig(path=str(base), dtype="float32")), part)

@@ -93,3 +93,14 @@ def test_a_short_request_waits_for_nothing_and_a_long_one_does() -> None:
     ):
         assert asyncio.run(render(short)) == "at once"
         assert asyncio.run(render(long)) == "beside"
+
+
+def test_an_id_without_a_token_has_an_empty_name_among_the_likeliest(assets: Path) -> None:
+    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "base")
+    padding = len(tokenizer) + 3
+    rendering.name_all_ids(tokenizer)
+    assert convert_ids_list_to_tokens(tokenizer, [padding, 1]) == ["", "<s>"]
+    assert tokenizer.convert_ids_to_tokens([padding, 1]) == ["", "<s>"]
+    assert tokenizer.convert_ids_to_tokens(1) == "<s>"

@@ -23,7 +23,7 @@ from paddock import manifest, prompts, storage
 from paddock.adapters import AdapterDirectory, UnknownAdapterError
 from paddock.config import SamplingPart, ServeConfig, nearest
 from paddock.engine import openai_app
-from paddock.engine.rendering import read_short_ones_at_once, take_over_text
+from paddock.engine.rendering import name_all_ids, read_short_ones_at_once, take_over_text
 from paddock.errors import ConfigError, ModelError, ServiceError
 from paddock.usage import counted
 
@@ -161,6 +161,7 @@ class Engine:
             raise ServiceError(f"{config.model}: vLLM did not start: {_line(error)}; its log says why") from error
         take_over_text(self._llm.renderer, template)
         read_short_ones_at_once(self._llm.renderer)
+        name_all_ids(self.tokenizer)
         self._llm.generate = counted(self._llm.generate, self.served_model_name)
         self._adapters: dict[str, Any] = {}
         self._loaded: set[str] = set()

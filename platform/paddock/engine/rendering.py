@@ -85,6 +85,20 @@ def take_over_text(renderer: Any, template: prompts.Template) -> None:
         raise ServiceError("this version of vLLM reads control tokens from a user's text, and would not let us stop it")
 
 
+def name_all_ids(tokenizer: Any) -> None:
+    """Give ids that the tokenizer does not know, rows that an embedding was padded with, the empty token for a name.
+
+    vLLM (0.32) takes their None for a text where it names the likeliest tokens, and ends with it for all requests.
+    """
+    named = tokenizer.convert_ids_to_tokens
+
+    def convert_ids_to_tokens(ids: Any, *arguments: Any, **options: Any) -> Any:
+        found = named(ids, *arguments, **options)
+        return [token or "" for token in found] if isinstance(found, list) else found
+
+    tokenizer.convert_ids_to_tokens = convert_ids_to_tokens
+
+
 def read_short_ones_at_once(renderer: Any) -> None:
     """Where all of a request is short, vLLM's methods that wait for nothing, for those that start tasks."""
     cmpl, chat = renderer.render_cmpl_async, renderer.render_chat_async
