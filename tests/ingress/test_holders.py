@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
+import shutil
 import socket
 import subprocess
 import threading
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -22,6 +25,7 @@ from ray.serve._private.common import RequestProtocol
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
+from paddock.ingress import haproxy
 from paddock.ingress.answers import ADAPTER
 from paddock.ingress.haproxy import binary, close, prefer_holders
 from paddock.ports import free_port
@@ -236,3 +240,19 @@ def test_what_is_not_as_expected_stays(tmp_path: Path) -> None:
     assert prefer_holders(text) != text
     for damaged in (text.replace("use_backend", "use_backend "), text.replace("frontend http_", "frontend https_")):
         assert prefer_holders(damaged) == damaged
+
+
+@pytest.mark.parametrize(("knows", "prefers"), [("true", True), ("false", False)])
+def test_a_haproxy_that_knows_none_of_it_starts_without(
+    knows: str, prefers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = written(tmp_path, 1, [backend({"one": 1, "two": 2})])
+    started: list[str] = []
+    monkeypatch.setattr(haproxy, "binary", lambda: shutil.which(knows))
+    monkeypatch.setattr(haproxy.os, "execv", lambda file, arguments: started.extend(arguments))
+    monkeypatch.setattr(haproxy.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    haproxy.main(["-f", str(tmp_path / "haproxy.cfg")])
+    assert started[1:] == ["-f", str(tmp_path / "haproxy.cfg")]
+    closed = close(text, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    found = (tmp_path / "haproxy.cfg").read_text(encoding="utf-8")
+    assert found == (prefer_holders(closed) if prefers else closed)

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import zlib
 from importlib.util import find_spec
@@ -58,7 +59,8 @@ def close(text: str, descriptors: int) -> str:
     return text
 
 
-# An adapter has a name here from its first answer on: what else is asked for goes where there is least to do.
+# An adapter has a name here from its first answer on, which each new configuration waits for anew: what else is asked
+# for goes where there is least to do.
 _ASKED = f"""\
     http-request set-var(txn.adapter) req.body,json_query('$.model'),regsub('^.*:',''),url_enc if METH_POST
     http-response track-sc0 res.hdr({_ADAPTER}) table paddock_adapters if {{ res.hdr({_ADAPTER}) -m found }}
@@ -79,15 +81,16 @@ def prefer_holders(text: str) -> str:
     """The configuration, with requests for an adapter going to the replica that had it before.
 
     Each backend of several replicas gets a twin with the same ones, which has these requests: their replica follows
-    from the adapter's name, and moves as little as can be when others come and go. What is not as expected stays.
+    from the adapter's name, and moves as little as can be when others come and go. Their health is looked at there
+    too: one that merely tracks the other's is asked again and again when it is gone. What is not as expected stays.
     """
     frontend = _section(text, "frontend http_frontend")
     asked, twins = frontend, ""
     for name in re.findall(r"^ +use_backend (\S+) if is_\1$", frontend, flags=re.M):
         body, twin = _section(text, f"backend {name}").partition("\n")[2], name + _COUNTED
-        servers = re.findall(r"^ +server (\S+) \S+ check(?! backup)", body, flags=re.M)
-        ids = {_id(server) for server in servers}
-        if len(servers) < 2 or len(ids) < len(servers) or _section(text, f"backend {twin}"):
+        servers = re.findall(r"^ +server (\S+) \S+ check( backup)?", body, flags=re.M)
+        several = sum(not backup for _, backup in servers) > 1
+        if not several or len({_id(server) for server, _ in servers}) < len(servers) or f"backend {twin}\n" in text:
             continue
         body = re.sub(r"^( +server (\S+) \S+)", lambda m: f"{m[1]} id {_id(m[2])}", body, flags=re.M)
         twins += f"backend {twin}\n{_BY_NAME}{body}"
@@ -129,7 +132,11 @@ def main(arguments: list[str]) -> None:
         text = close(file.read_text(encoding="utf-8"), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     except ValueError as error:
         sys.exit(str(error))
-    file.write_text(prefer_holders(text), encoding="utf-8")
+    preferring = prefer_holders(text)
+    file.write_text(preferring, encoding="utf-8")
+    # An older one of the system's may know none of it.
+    if preferring != text and subprocess.run([found, "-q", "-c", "-f", file], check=False).returncode:
+        file.write_text(text, encoding="utf-8")
     # Otherwise it would keep the port when Ray is killed. This one lets it finish what it has begun.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     os.execv(found, ["haproxy", *arguments])
