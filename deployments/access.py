@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from logging.handlers import WatchedFileHandler
 from types import MappingProxyType
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -32,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.keys import ApiKey, KeyRing
 from paddock.config_parts import AccessPart
 from paddock.ingress import tries
-from paddock.ingress.answers import error_response
+from paddock.ingress.answers import ADAPTER, error_response
 from paddock.usage import CURRENT, Usage
 
 logger = logging.getLogger("ray.serve")
@@ -98,7 +99,8 @@ class Gate:
             await self._app(scope, receive, send)
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun, usage, answer = time.monotonic(), Usage(), _Answer(send, self._before_answer)
+        begun, usage = time.monotonic(), Usage()
+        answer = _Answer(send, usage, self._before_answer)
         path, key, request_id = _path(scope), None, _request_id(scope)
         CURRENT.set(usage)
         try:
@@ -254,10 +256,11 @@ class Gate:
 
 class _Answer:
     """`send`, knowing what was sent. It keeps the headers until there is something to say: before the first byte a
-    request can still be answered by another replica, or otherwise."""
+    request can still be answered by another replica, or otherwise. By then it is known which adapter answers, if any,
+    and said: what chooses a replica for the next request goes by that."""
 
-    def __init__(self, send: Send, before: Callable[[], None]) -> None:
-        self._send, self._before = send, before
+    def __init__(self, send: Send, usage: Usage, before: Callable[[], None]) -> None:
+        self._send, self._usage, self._before = send, usage, before
         self._headers: Message | None = None
         self._sent = self._stream = self.complete = False
         self.status = 0
@@ -276,6 +279,8 @@ class _Answer:
         if self._headers is not None and not self._sent:
             self._before()
             self._sent = True
+            if self._usage.adapter is not None and self.status < 400:
+                MutableHeaders(scope=self._headers)[ADAPTER] = quote(self._usage.adapter, safe="")
             await self._send(self._headers)
         await self._send(message)
 

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import paddock
 from deployments import models, openapi, reference
 from deployments.access import Gate, logger
+from deployments.held import Held
 from deployments.keys import ApiKey, KeyRing
 from deployments.metrics import RayExport
 from paddock import manifest
@@ -130,7 +131,9 @@ class LLM:
         self.openai_app = await self.engine.openai_app()
         self.model_hash: str | None = None
         self.openapi: dict[str, Any] | None = None
-        self.exporting = asyncio.ensure_future(RayExport().run())
+        self.telling = [asyncio.ensure_future(RayExport().run())]
+        if config.adapters:
+            self.telling.append(asyncio.ensure_future(Held(self.engine.held).run()))
 
     def gate(self, app: ASGIApp) -> Gate:
         access, direct = self.config.access, Direct(self.openai_app)
@@ -209,8 +212,8 @@ class LLM:
             os._exit(1)
 
     async def __del__(self) -> None:
-        if hasattr(self, "exporting"):
-            self.exporting.cancel()
+        for task in getattr(self, "telling", ()):
+            task.cancel()
         if hasattr(self, "engine"):
             # Not in a thread: vLLM's own task would see its engine die, and log that as an error.
             await self.engine.shutdown()

@@ -40,10 +40,10 @@ def use(request_id: str = "a", *, lora: str | None = None, stop_early: bool = Fa
 
 def test_prompts_count_once_and_every_answers_tokens() -> None:
     usage = use()
-    assert (usage.model, usage.prompt_tokens, usage.completion_tokens) == ("base", 3, 4)
+    assert (usage.adapter, usage.model, usage.prompt_tokens, usage.completion_tokens) == (None, "base", 3, 4)
     assert usage.first_token_at is not None
     other = use(lora="one", times=2)
-    assert (other.model, other.prompt_tokens, other.completion_tokens) == ("one", 6, 8)
+    assert (other.adapter, other.model, other.prompt_tokens, other.completion_tokens) == ("one", "one", 6, 8)
     assert use("x-beam-0", times=2).prompt_tokens == 3  # one prompt, asked for again at each step
 
 

@@ -20,6 +20,8 @@ class Usage:
 
     model: str | None = None
     """The base or the adapter that answers, None where nothing was generated."""
+    adapter: str | None = None
+    """The adapter that answers, None where the base does."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_at: float | None = None
@@ -39,7 +41,8 @@ def counted(generate: Callable[..., Any], model: str) -> Callable[..., AsyncIter
         usage = CURRENT.get()
         if usage is None:
             return outputs
-        usage.model = model if lora_request is None else lora_request.lora_name
+        usage.adapter = None if lora_request is None else lora_request.lora_name
+        usage.model = usage.adapter or model
         # A beam search asks for each token of each beam anew.
         return _add(usage, outputs, prompt_counts="-beam-" not in request_id or not usage.prompt_tokens)
 

@@ -20,6 +20,7 @@ from deployments.limits import Buckets
 from paddock.config import ServeConfig, load
 from paddock.config_parts import AccessPart
 from paddock.ingress import tries
+from paddock.ingress.answers import ADAPTER
 from paddock.ingress.proxy import Proxied
 from paddock.usage import CURRENT
 
@@ -276,6 +277,17 @@ def test_nothing_is_sent_before_there_is_something_to_say() -> None:
     asyncio.run(call())
     body = "http.response.body"
     assert events == ["headers are ready", "before", "http.response.start", body, body]
+
+
+@pytest.mark.parametrize(("status", "adapter", "said"), [(200, "a b", "a%20b"), (200, None, None), (400, "a", None)])
+def test_an_answer_says_which_adapter_gave_it(status: int, adapter: str | None, said: str | None) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        usage = CURRENT.get()
+        assert usage is not None
+        usage.adapter = adapter
+        await PlainTextResponse("x", status)(scope, receive, send)
+
+    assert ask(gate_of(app=app)).headers.get(ADAPTER) == said
 
 
 def test_a_failure_before_the_first_word_is_no_200() -> None:

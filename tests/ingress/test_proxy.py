@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from paddock.ingress import tries
+from paddock.ingress import holders, tries
+from paddock.ingress.answers import ADAPTER
 from paddock.ingress.proxy import WATCHES, Proxied, middlewares
 
 
@@ -141,3 +143,76 @@ def test_serve_listens_for_clients_that_leave_unless_the_replica_does(
 
     ask(Proxied(app), "/v1/completions")
     assert seen == [watches]
+
+
+class Router:
+    """Serve's proxy, whose replicas answer as an adapter where one is asked for; it keeps whom it would prefer."""
+
+    def __init__(self) -> None:
+        self.preferred: list[bytes | None] = []
+        self.bodies: list[bytes] = []
+        self.free = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ids = [value for name, value in scope["headers"] if name.replace(b"-", b"_") == b"serve_multiplexed_model_id"]
+        self.preferred.append(b",".join(ids) if ids else None)
+        self.bodies.append((await receive()).get("body", b""))
+        if b"wait" in self.bodies[-1]:
+            await self.free.wait()
+        adapter = {ADAPTER: "%E8%82%BA a"} if "肺 a".encode() in self.bodies[-1] else {}
+        for message in answer(200, b"{}", "application/json", **adapter):
+            await send(message)
+
+
+def test_a_request_for_an_adapter_prefers_its_holders_once_it_has_answered() -> None:
+    router = Router()
+    app, known = Proxied(router), '{"prompt": "咳", "model": "肺 a"}'.encode()
+    bodies = [known, known, known.replace(b"model", b"m"), '{"model": "base:肺 a"}'.encode(), b'{"model": "none"}']
+    bodies += [b"[]", b'{"model": 3}', b"[" * 60_000, b'{"a": "' + b"x" * 2**16 + b'", ' + known[1:], known]
+    for body in bodies:
+        assert ask(app, "/v1/completions", body).status_code == 200
+    holds = "肺 a".encode()
+    assert router.preferred == [None, holds, None, holds, *[None] * 5, holds]
+    assert router.bodies == bodies
+
+
+def test_a_client_does_not_choose_for_the_router() -> None:
+    router = Router()
+
+    async def post() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(Proxied(router)), base_url="http://x") as client:
+            for name in ("serve_multiplexed_model_id", "Serve-Multiplexed-Model-Id"):
+                await client.post("/", content=b"{}", headers={name: "x"})
+
+    asyncio.run(post())
+    assert router.preferred == [None, None]
+
+
+def test_a_hot_adapter_goes_to_others_too_and_names_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_MOST_NAMES", 1)
+    router = Router()
+    app, known = Proxied(router), '{"model": "肺 a"}'.encode()
+
+    async def post() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            await client.post("/", content=known)
+            asked = [asyncio.ensure_future(client.post("/", content=known[:-1] + b', "wait": 1}')) for _ in range(40)]
+            await asyncio.sleep(0.2)
+            router.free.set()
+            await asyncio.gather(*asked)
+            await client.post("/", content=known)
+
+    asyncio.run(post())
+    assert router.preferred[1:].count("肺 a".encode()) == 16 + 1
+    app._holders.hear(Headers({ADAPTER: "other"}))
+    ask(app, "/", known)
+    assert router.preferred[-1] is None
+
+
+def test_a_replica_of_haproxys_chooses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WATCHES, "1")
+    router = Router()
+    app = Proxied(router)
+    for _ in range(2):
+        ask(app, "/", '{"model": "肺 a"}'.encode())
+    assert router.preferred == [None, None]

@@ -165,6 +165,7 @@ class Engine:
         self._llm.generate = counted(self._llm.generate, self.served_model_name)
         self._adapters: dict[str, Any] = {}
         self._loaded: set[str] = set()
+        self._used: dict[str, None] = {}
         self._numbers = itertools.count(1)
         self._loading = asyncio.Lock()
         self._openai_app: Any = None
@@ -242,6 +243,11 @@ class Engine:
             finish_reason=str(answer.finish_reason),
         )
 
+    def held(self) -> list[str]:
+        """The names of the adapters in memory: of those that were asked for, as many as vLLM keeps, the latest last."""
+        config = self._llm.vllm_config.lora_config
+        return [] if config is None else list(self._used)[-config.max_cpu_loras :]
+
     async def find_adapter(self, model: str | None) -> str | None:
         """The directory (for `generate`) of the adapter that a request's `model` names; None for the base.
 
@@ -268,6 +274,8 @@ class Engine:
                 except Exception as error:
                     raise ModelError(f"adapter {name!r}: vLLM refuses it: {_line(error)}") from None
                 self._loaded.add(directory)
+        self._used.pop(name, None)
+        self._used[name] = None
         return request
 
     async def _lora_request(self, adapter: str, name: str | None = None) -> Any:

@@ -2,8 +2,10 @@
 
     proxy.py      what Serve itself says, in the shape that clients expect; another try where a replica died
     tries.py      how often that is done, whoever does it
-    haproxy       what Serve starts as its HAProxy: haproxy.py, which closes the configuration that Serve wrote, then it
-    answers.py    the shape of an error
+    holders.py    which replicas Serve's own proxy prefers: those that hold the adapter
+    haproxy       what Serve starts as its HAProxy: haproxy.py, which closes the configuration that Serve wrote and lets
+                  it prefer them too, then it
+    answers.py    the shape of an error, and the header that names an adapter
 
 A connection that nobody takes costs nothing, and is tried as often as it takes until a replica is there. A request that
 was begun where the replica, or its engine, then died may be what killed it: it is begun twice at most (`tries.MOST`),

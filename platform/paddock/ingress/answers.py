@@ -1,4 +1,4 @@
-"""An error, in the shape that the clients of a path expect."""
+"""What answers have in common: the shape of an error, and the header that names an adapter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+ADAPTER = "x-paddock-adapter"
+"""The header of an answer that has the name of the adapter that gave it, percent-encoded."""
 _KINDS = {
     401: "AuthenticationError",
     403: "PermissionDeniedError",

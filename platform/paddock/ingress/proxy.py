@@ -1,5 +1,7 @@
 """What Serve itself says to a client, in the words of the service; and another try where a replica died.
 
+In Serve's proxy, which chooses a replica, those that hold an adapter are preferred for it (holders.py).
+
 Serve's proxy, and each replica that HAProxy asks directly, puts `Proxied` around itself where
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names `middlewares`. Without it they answer in plain text, and where a
 replica died with a 500.
@@ -18,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paddock.ingress import tries
 from paddock.ingress.answers import error_response
+from paddock.ingress.holders import Holders
 
 # What is kept of a request to be sent again.
 _MOST_BYTES = 8 * 2**20
@@ -42,18 +45,30 @@ class Proxied:
     """An ASGI app around Serve's own."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app, self._holders = app, Holders()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request, answer, begun = _Request(receive), _Answer(scope, send), tries.Tries(Headers(scope=scope))
+        if WATCHES in os.environ:  # a replica
+            headers = [*scope["headers"], _UNWATCHED] if os.environ[WATCHES] else scope["headers"]
+            await self._ask(scope, headers, request, answer, begun)
+            return
+        adapter = await self._holders.asked(scope, request.receive)
+        with self._holders.headers(scope, adapter) as headers:
+            await self._ask(scope, headers, request, answer, begun)
+        self._holders.hear(answer.headers)
+
+    async def _ask(
+        self, scope: Scope, headers: list[tuple[bytes, bytes]], request: _Request, answer: _Answer, begun: tries.Tries
+    ) -> None:
+        """Ask the app, and once more where nothing came of it."""
         try:
             while (number := begun.begin()) <= tries.MOST:
                 request.rewind()
-                headers = [*scope["headers"], _UNWATCHED] if os.environ.get(WATCHES) else list(scope["headers"])
-                again = {**scope, "headers": headers, tries.SCOPE: number}
+                again = {**scope, "headers": list(headers), tries.SCOPE: number}
                 await self._app(again, request.receive, answer)
                 # Where a replica died, Serve ends without a word.
                 if answer.begun or not request.whole:
@@ -101,12 +116,14 @@ class _Answer:
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope, self._send = scope, send
         self.begun = self._complete = self._events = False
+        self.headers = Headers(raw=[])
         self._instead: JSONResponse | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
             status, headers = message["status"], Headers(raw=message["headers"])
+            self.headers = headers
             kind = headers.get("content-type", "")
             self._events = kind.startswith("text/event-stream")
             if status >= 400 and kind.startswith("text/plain") and not self._scope["path"].startswith("/-/"):
