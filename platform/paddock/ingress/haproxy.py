@@ -70,6 +70,7 @@ backend paddock_adapters
     stick-table type string len 256 size 10k expire 1h
 """
 # The same name finds the same replica, unless that has half as much again to do as the others: then its neighbour.
+# With a weight of 100 each has 1600 places among the names, and so nearly as many names as the others.
 _BY_NAME = """\
     balance hash var(txn.adapter)
     hash-type consistent
@@ -92,7 +93,7 @@ def prefer_holders(text: str) -> str:
         several = sum(not backup for _, backup in servers) > 1
         if not several or len({_id(server) for server, _ in servers}) < len(servers) or f"backend {twin}\n" in text:
             continue
-        body = re.sub(r"^( +server (\S+) \S+)", lambda m: f"{m[1]} id {_id(m[2])}", body, flags=re.M)
+        body = re.sub(r"^( +server (\S+) \S+)", lambda m: f"{m[1]} id {_id(m[2])} weight 100", body, flags=re.M)
         twins += f"backend {twin}\n{_BY_NAME}{body}"
         rule = f"    use_backend {name} if is_{name}\n"
         held = "{ var(txn.adapter),in_table(paddock_adapters) }"
