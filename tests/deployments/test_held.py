@@ -44,6 +44,7 @@ def becomes(expected: set[str]) -> bool:
     return found == expected
 
 
+@pytest.mark.slow
 def test_an_answer_says_which_adapter_gave_it_and_serve_is_told_who_holds_it(url: str) -> None:
     def ask(model: str, path: str = "/v1/completions", **more: Any) -> httpx.Response:
         asked = {"input": "x"} if path == "/generate" else {"prompt": "x", "max_tokens": 2, **more}
