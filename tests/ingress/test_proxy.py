@@ -176,6 +176,25 @@ def test_a_request_for_an_adapter_prefers_its_holders_once_it_has_answered() -> 
     assert router.bodies == bodies
 
 
+def test_a_body_that_is_slow_to_come_is_waited_for_by_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_MOST_SECONDS", 0.05)
+    router, sent = Router(), list[Message]()
+    app = Proxied(router)
+    app._holders.hear(Headers({ADAPTER: "a"}))
+    parts = iter([{"type": "http.request", "body": b'{"model"', "more_body": True}])
+
+    async def receive() -> Message:
+        part = next(parts, None)
+        return part if part is not None else await asyncio.sleep(60)  # type: ignore[func-returns-value, return-value]
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), timeout=10))
+    assert (router.preferred, router.bodies) == ([None], [b'{"model"'])
+
+
 def test_a_client_does_not_choose_for_the_router() -> None:
     router = Router()
 

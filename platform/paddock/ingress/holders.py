@@ -7,6 +7,7 @@ would wait for one, and remember it for ever. HAProxy does the same by itself; s
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from paddock.ingress.answers import ADAPTER
 HEADER = b"serve_multiplexed_model_id"  # ray.serve._private.constants
 _MOST_NAMES = 1024
 _MOST_BYTES = 64 * 1024  # of a body that is looked at: as much as HAProxy sees
+_MOST_SECONDS = 1.0  # that its end is waited for; how long a body may take is the replica's to say
 _MOST_ONGOING = 16
 """How many requests of an adapter prefer its holders at a time. The router would fill one replica before it asks the
 next, so the others go where there is least to do; then more replicas hold it."""
@@ -46,9 +48,13 @@ class Holders:
         if not self._ongoing or scope["method"] != "POST":
             return None
         body, more = b"", True
-        while more and len(body) <= _MOST_BYTES:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+        try:
+            async with asyncio.timeout(_MOST_SECONDS):
+                while more and len(body) <= _MOST_BYTES:
+                    message = await receive()
+                    body, more = body + message.get("body", b""), message.get("more_body", False)
+        except TimeoutError:
+            return None
         if more or len(body) > _MOST_BYTES:
             return None
         try:
