@@ -7,11 +7,12 @@
                   is busier than the card
     hf            transformers' `generate` of as many prompts at once as there were clients
 
-The load is `vllm bench serve` (serve_client.py): random prompts, every answer of the same length, other prompts in each
-repeat and the same ones for both sides. Where the card holds both servers they stand side by side, each with the
-same KV cache, room for all requests of the highest concurrency; one at a time is under load, in turn, so that what
-drifts on the machine meets both alike. On a smaller card (`together=false`) one is measured after the other, each with
-vLLM's default share of the memory. Both run as a user starts them, with their own logging.
+The load is `vllm bench serve` (serve_client.py): random prompts, every answer of the same length, the same prompts for
+both sides and others in each measurement, which else would find them in its prefix cache. Where the card holds both
+servers they stand side by side, each with the same KV cache, room for all requests of the highest concurrency; one at a
+time is under load, in turn, so that what drifts on the machine meets both alike. On a smaller card (`together=false`)
+one is measured after the other, each with vLLM's default share of the memory. Both run as a user starts them, with
+their own logging.
 
 One H200 takes about 12 minutes for all stages. A run adds its stages to what the file has of the others from the same
 machine and versions, and writes after each; a stage that fails is told in its rows, and the others go on.
@@ -19,6 +20,7 @@ machine and versions, and writes after each; a stage that fails is told in its r
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -91,9 +93,14 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
     engine: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments, for both; null takes one of the benchmark's own away."""
     fp8: dict[str, Any] = Field(
-        default_factory=lambda: {"quantization": "fp8", "kv_cache_dtype": "fp8", "stream_interval": 8}
+        default_factory=lambda: {
+            "quantization": "fp8",
+            "kv_cache_dtype": "fp8",
+            "attention_backend": "CUSTOM",
+            "stream_interval": 8,
+        }
     )
-    """Those that `fp8` adds to ours."""
+    """Those that `fp8` adds to ours; CUSTOM is engine/decode_attention.py."""
     serve: dict[str, Any] = Field(default_factory=dict)
     """Keys of our service (`serve run deployments:app KEY=...`) beside its model and engine."""
     ingress: Literal["auto", "serve"] = "auto"
@@ -136,6 +143,7 @@ class _Benchmark:
         self.servers: dict[str, tuple[Server, ExitStack]] = {}
         stack.callback(self._keep, ())
         self.logits: dict[str, Likeliest] = {}
+        self.seeds = itertools.count()
 
     def phases(self) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         """Servers that stand at a time, and the stages that they are measured in."""
@@ -185,10 +193,10 @@ class _Benchmark:
 
     def _rates(self, sides: Sequence[str]) -> None:
         for rate in self.config.rates:
-            count = max(4, round(rate * self.config.rate_seconds))
+            count, seed = max(4, round(rate * self.config.rate_seconds)), next(self.seeds)
             for side in sides:
                 options = ["--request-rate", str(rate), "--goodput", *self.config.goodput]
-                self._bench("rates", side, "streaming", count, options, seed=0, rate=rate)
+                self._bench("rates", side, "streaming", count, options, seed, rate=rate)
 
     def _hf(self, sides: Sequence[str]) -> None:
         sizes = self.config.hf_concurrencies
@@ -202,11 +210,11 @@ class _Benchmark:
         for repeat in range(self.config.repeats):
             for mode in modes:
                 for concurrency in concurrencies:
-                    count = max(4, self.config.waves * concurrency)
+                    count, seed = max(4, self.config.waves * concurrency), next(self.seeds)
                     for side in sides if repeat % 2 == 0 else reversed(sides):
                         options = ["--max-concurrency", str(concurrency)]
                         more = {"concurrency": concurrency, "repeat": repeat}
-                        self._bench(stage, side, mode, count, options, seed=1 + repeat, **more)
+                        self._bench(stage, side, mode, count, options, seed, **more)
             self.record.save(**summary(self.record.rows))
 
     def _warm_up(self, sides: Sequence[str], modes: Iterable[str]) -> None:
@@ -214,7 +222,7 @@ class _Benchmark:
         most = max(self.config.concurrencies)
         for side in sides:
             for mode in modes:
-                self._bench(None, side, mode, most, ["--max-concurrency", str(most)], seed=1000)
+                self._bench(None, side, mode, most, ["--max-concurrency", str(most)], next(self.seeds))
 
     def _bench(
         self, stage: str | None, side: str, mode: str, count: int, options: Sequence[str], seed: int, **more: Any

@@ -1,7 +1,8 @@
 """What vLLM imports in each process that computes, as its `worker_extension_cls`.
 
-There it ends the process when the replica has: killed outright, a replica cannot stop its engine, which would keep the
-card's memory from the successor. vLLM itself looks the other way only, from the engine to its workers and back.
+There it makes our attention (decode_attention.py) known to vLLM, and it ends the process when the replica has: killed
+outright, a replica cannot stop its engine, which would keep the card's memory from the successor. vLLM itself looks the
+other way only, from the engine to its workers and back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from contextlib import suppress
 
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from paddock.engine import REPLICA
 
@@ -30,6 +32,7 @@ def end_with(pid: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+register_backend(AttentionBackendEnum.CUSTOM, "paddock.engine.decode_attention.DecodeAttentionBackend")
 if REPLICA in os.environ and hasattr(os, "pidfd_open"):
     threading.Thread(target=end_with, args=(int(os.environ[REPLICA]),), daemon=True, name="end-with-replica").start()
 if current_platform.is_cpu():
