@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,52 +95,59 @@ class Driver:
         assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
 
 
-def _kill_actor(name: str, cluster: Any, driver: Driver) -> None:
+def _kill_actor(name: str, cluster: Any, driver: Driver) -> bool:
     """Kill the actor, which may just be on its way to replace one that was killed, while its driver needs it."""
     while driver.process.poll() is None:
         for actor in list_actors(cluster.address, limit=1000):
             if name in actor.class_name and actor.state == "ALIVE":
                 os.kill(actor.pid, signal.SIGKILL)
-                return
+                return True
         time.sleep(0.5)
+    return False
 
 
-def _interrupt(victim: str, times: int, tree: dict[str, Any], output: Path, cluster: Any, root: Path) -> Counter[int]:
+def _interrupted(victims: Sequence[str], tree: dict[str, Any], output: Path, cluster: Any, root: Path) -> list[str]:
+    """Predict, and kill one after the other; returns who was killed while there was work left."""
+    killed = []
     driver = Driver(tree, output, cluster, root)
-    for _ in range(times):
+    for victim in victims:
         driver.at_work()
         if driver.process.poll() is not None:
             break
         if victim == "driver":
             driver.kill()
-            left = Ledger(
-                output,
-                predict.ledger_key(
-                    config := build(PredictConfig, {**tree, "output_dir": str(output)}), predict.read_test(config)
-                ),
-            ).pending(ROWS)
-            if not left:
+            config = build(PredictConfig, {**tree, "output_dir": str(output)})
+            if not Ledger(output, predict.ledger_key(config, predict.read_test(config))).pending(ROWS):
                 break
             driver = Driver(tree, output, cluster, root)
-        else:
-            _kill_actor(ACTORS[victim], cluster, driver)
+        elif not _kill_actor(ACTORS[victim], cluster, driver):
+            break
+        killed.append(victim)
     driver.finish()
-    return _computed(output)
+    return killed
 
 
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("victim", ["driver", "feeder", "replica"])
-@pytest.mark.parametrize("kills", [(1,), pytest.param((3, 3, 4), marks=pytest.mark.slow)], ids=["once", "ten-times"])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        pytest.param(("driver", "feeder", "replica"), id="one-of-each"),
+        *(pytest.param((name,) * 4, marks=pytest.mark.slow, id=name) for name in ("driver", *ACTORS)),
+    ],
+)
+@pytest.mark.parametrize("runs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_whoever_is_killed_the_files_are_the_same(
-    victim: str,
-    kills: tuple[int, ...],
+    victims: Sequence[str],
+    runs: int,
     tree: dict[str, Any],
     uninterrupted: dict[str, bytes],
     ray_cluster: Any,
     root: Path,
     tmp_path: Path,
 ) -> None:
-    for run, times in enumerate(kills):
-        computed = _interrupt(victim, times, tree, tmp_path / f"out-{run}", ray_cluster, root)
-        assert computed == Counter(range(ROWS))
+    killed = []
+    for run in range(runs):
+        killed += _interrupted(victims, tree, tmp_path / f"out-{run}", ray_cluster, root)
+        assert _computed(tmp_path / f"out-{run}") == Counter(range(ROWS))
         assert _files(tmp_path / f"out-{run}") == uninterrupted
+    assert set(killed) == set(victims)

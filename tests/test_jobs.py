@@ -165,7 +165,7 @@ def test_serve_run_serves_a_model_directory(root: Path, base_model: Path, tmp_pa
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(60)
+            server.wait(120)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             raise
