@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -12,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from paddock.benchmark import Record
 from paddock.benchmark.apart import Apart
-from paddock.benchmark.serve import FP8, OURS, VLLM, ServeBenchmarkConfig, run, summary
+from paddock.benchmark.serve import FP8, MODES, OURS, VLLM, ServeBenchmarkConfig, _Benchmark, run, summary
 from paddock.benchmark.serve_client import divergence
 from paddock.errors import ServiceError
 
@@ -64,6 +66,32 @@ def test_divergence_is_kl_over_what_both_list_and_the_rest() -> None:
     assert kl == pytest.approx((0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)) / 2)
     assert top_1 == 0.5
     assert divergence(theirs, theirs) == pytest.approx((0, 1))
+
+
+def test_both_sides_get_the_same_prompts_and_no_measurement_those_of_another(tmp_path: Path) -> None:
+    asked: list[tuple[int, str, Any]] = []
+
+    class Asked(_Benchmark):
+        def _bench(self, stage: str | None, side: str, mode: str, count: int, *rest: Any, **more: Any) -> None:
+            asked.append((rest[1] if len(rest) > 1 else more.pop("seed"), side, (stage, mode, count, *more.values())))
+
+    config = ServeBenchmarkConfig(output_dir=str(tmp_path), vocab_size=6000, repeats=2)
+    benchmark = object.__new__(Asked)
+    benchmark.config, benchmark.record, benchmark.seeds = config, Record(config, "serve"), itertools.count()
+    benchmark._warm_up((VLLM, OURS), MODES)
+    warming = [seed for seed, *_ in asked]
+    assert len(set(warming)) == len(warming) == 4
+    asked.clear()
+    benchmark._repeat("concurrency", (VLLM, OURS), MODES, config.concurrencies)
+    benchmark._rates((VLLM, OURS))
+    by_seed: dict[int, list[tuple[str, Any]]] = {}
+    for seed, side, what in asked:
+        by_seed.setdefault(seed, []).append((side, what))
+    assert len(by_seed) == 2 * 2 * 4 + 3
+    assert not by_seed.keys() & set(warming)
+    for measured in by_seed.values():
+        assert {side for side, _ in measured} == {VLLM, OURS}
+        assert len({str(what) for _, what in measured}) == 1
 
 
 def test_a_call_that_takes_too_long_or_dies_is_told() -> None:
