@@ -108,6 +108,7 @@ def test_a_call_that_takes_too_long_or_dies_is_told() -> None:
 @pytest.mark.slow
 def test_every_stage_ends_and_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # the benchmark sets it
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     few = {"concurrencies": (1, 2), "fp8_concurrencies": (2,), "hf_concurrencies": (1, 2), "rates": (4.0,)}
     config = ServeBenchmarkConfig(
@@ -120,6 +121,11 @@ def test_every_stage_ends_and_leaves_no_process(tmp_path: Path, monkeypatch: pyt
     assert found["summary"].keys() >= {"throughput_vs_vllm", "speedup_vs_hf", "speedup_fp8", "fp8_kl"}
     assert 0 < found["summary"]["fp8_kl"] < 0.1
     assert not [row for row in found["rows"] if "failed" in row]
+    started = [line for line in next(tmp_path.glob("*.log")).read_text().splitlines() if " ray.serve.scripts " in line]
+    assert [(line.split(":")[0], "PADDOCK_API_KEYS=benchmark=sha256:" in line) for line in started] == [
+        (OURS, False),
+        (FP8, True),
+    ]
     measured = [row for row in found["rows"] if "completed" in row]
     assert {(row["stage"], row["side"], row["mode"]) for row in measured} == {
         *(("concurrency", side, mode) for side in (VLLM, OURS) for mode in ("streaming", "unary")),

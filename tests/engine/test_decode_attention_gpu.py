@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from paddock.benchmark.random_llama import LlamaBenchmarkConfig, write_model, write_weights
 from paddock.config import ServeConfig
@@ -46,20 +49,25 @@ def test_it_is_exact_attention_over_the_pages(dtype: torch.dtype, size: int, lay
 
 
 @pytest.mark.parametrize("cache", ["auto", "fp8"])
-def test_an_engine_answers_as_with_flash_attention(cache: str, tmp_path: Path) -> None:
+def test_an_engine_answers_as_with_flash_attention_base_and_adapter(cache: str, tmp_path: Path) -> None:
+    dtype = "float16" if cache == "auto" else "bfloat16"  # FlashAttention has no FP8 for float16
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaBenchmarkConfig(vocab_size=4096, **shape)
     write_model(tmp_path / "llama", config)
     write_weights(str(tmp_path / "llama"))
+    adapter = tmp_path / "adapter"
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), lora).save_pretrained(adapter)
     # More than FlashAttention is left with; of several lengths, so that some decode while others are read.
     prompts = [[1, *range(300 + 7 * i, 300 + 17 * i + 20)] for i in range(48)]
 
     async def answers(**engine: Any) -> list[list[int]]:
-        few = {"max_model_len": 1024, "max_num_seqs": 64, "max_cudagraph_capture_size": 64}
-        arguments = {"gpu_memory_utilization": 0.2, "dtype": "float16", **few, **engine}
+        few = {"max_model_len": 1024, "max_num_seqs": 64, "max_cudagraph_capture_size": 64, "max_lora_rank": 8}
+        arguments = {"gpu_memory_utilization": 0.2, "dtype": dtype, "enable_lora": True, **few, **engine}
         served = Engine(ServeConfig(model=str(tmp_path / "llama"), engine=arguments), load_template("promptcblue"))
         sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
-        asked = (served.generate(ids, sampling, f"r{i}") for i, ids in enumerate(prompts))
+        adapters = itertools.cycle([None, str(adapter)])
+        asked = (served.generate(ids, sampling, f"r{i}", adapter=next(adapters)) for i, ids in enumerate(prompts))
         found = [answer.token_ids for answer in await asyncio.gather(*asked)]
         await served.shutdown()
         return found

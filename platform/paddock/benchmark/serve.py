@@ -2,9 +2,9 @@
 
     concurrency   so many clients at a time, streaming and unary: output tokens/s and times to the first token
     rates         Poisson arrivals: times to the first token, between tokens, and requests that meet the goodput
-    fp8           ours with FP8 weights and KV cache beside plain bf16, and how far its logits are from bf16's. An
-                  event of its streams holds up to `stream_interval` tokens: with one a token, the process that answers
-                  is busier than the card
+    fp8           ours with FP8 weights and KV cache, behind an API key, beside plain bf16 without; and how far its
+                  logits are from bf16's. An event of its streams holds up to `stream_interval` tokens: with one a
+                  token, the process that answers is busier than the card
     hf            transformers' `generate` of as many prompts at once as there were clients
 
 The load is `vllm bench serve` (serve_client.py): random prompts, every answer of the same length, the same prompts for
@@ -23,11 +23,13 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import secrets
 import signal
 import statistics
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -39,7 +41,7 @@ from paddock import ingress, lora
 from paddock.benchmark import Record
 from paddock.benchmark.apart import Apart
 from paddock.benchmark.random_llama import LlamaBenchmarkConfig, hf_generate, write_model, write_weights
-from paddock.benchmark.serve_client import UNARY, Likeliest, bench, divergence, likeliest
+from paddock.benchmark.serve_client import API_KEY, UNARY, Likeliest, bench, divergence, likeliest
 from paddock.benchmark.servers import Server, running, serve_run, vllm_serve
 from paddock.config import ServeConfig, build
 from paddock.config_parts import Split
@@ -116,6 +118,7 @@ class ServeBenchmarkConfig(LlamaBenchmarkConfig):
 def run(config: ServeBenchmarkConfig) -> Path:
     """Measure; returns the JSON that was written. Raises, in the end, what a stage failed with."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ[API_KEY] = secrets.token_urlsafe(32)
     record = Record(config, "serve", keep=lambda row: row["stage"] not in config.stages)
     with TemporaryDirectory(prefix="paddock-benchmark-") as place, ExitStack() as stack:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped then, too
@@ -270,6 +273,8 @@ class _Benchmark:
             variables, line = ingress.environment(self.config.ingress, "127.0.0.1", several_nodes=False)
             self.record.say(line)
             environment |= variables
+            if side == FP8:
+                environment["PADDOCK_API_KEYS"] = f"benchmark=sha256:{sha256(os.environ[API_KEY].encode()).hexdigest()}"
         url, log = f"http://127.0.0.1:{port}", self.place / f"{side}.log"
         return running(side, command, url, log, self.record.say, **environment)
 

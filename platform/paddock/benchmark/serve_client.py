@@ -1,11 +1,13 @@
 """The load: vLLM's own `vllm bench serve`, in a process that imports it once, and what it lacks.
 
 It always streams. `openai-unary` is one more of its backends here: the same prompts, the same clock, one JSON answer.
+All of it sends the key in OPENAI_API_KEY.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ import httpx
 
 from paddock.errors import ServiceError
 
+API_KEY = "OPENAI_API_KEY"
 UNARY = "openai-unary"
 
 Likeliest = Sequence[Mapping[int, float]]
@@ -59,8 +62,9 @@ async def _unary(request_func_input: Any, session: Any, pbar: Any = None) -> Any
     output = RequestFuncOutput()
     output.prompt_len = request.prompt_len
     output.start_time = time.perf_counter()
+    headers = {**_headers(), **(request.extra_headers or {})}
     try:
-        async with session.post(url=request.api_url, json=body, headers=request.extra_headers) as response:
+        async with session.post(url=request.api_url, json=body, headers=headers) as response:
             if response.status == 200:
                 said = await response.json()
                 output.latency = output.ttft = time.perf_counter() - output.start_time
@@ -77,10 +81,14 @@ async def _unary(request_func_input: Any, session: Any, pbar: Any = None) -> Any
     return output
 
 
+def _headers() -> dict[str, str]:
+    return {"Authorization": f"Bearer {os.environ[API_KEY]}"} if os.environ.get(API_KEY) else {}
+
+
 def likeliest(url: str, model: str, prompts: Sequence[Sequence[int]], count: int, timeout_s: float) -> Likeliest:
     """What the model says of each prompt's own tokens (teacher-forced): the `count` likeliest at each position."""
     found: list[Mapping[int, float]] = []
-    with httpx.Client(base_url=url, timeout=timeout_s) as http:
+    with httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s) as http:
         for prompt in prompts:
             body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "prompt_logprobs": count}
             response = http.post("/v1/completions", json=body)
