@@ -108,27 +108,23 @@ def _kill_a_worker(run: str, after: int) -> None:
     os.kill(max(pids), signal.SIGKILL)
 
 
+def _of(train_tree: dict[str, Any], run: Path, workers: int, accumulation: int) -> TrainConfig:
+    train_tree["output_dir"] = str(run)
+    train_tree["scaling"]["num_workers"] = workers
+    train_tree["train"]["gradient_accumulation_steps"] = accumulation
+    return build(TrainConfig, train_tree)
+
+
 def test_workers_and_their_deaths_change_nothing(
-    train_tree: dict[str, Any], ray_cluster: Any, base_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    train_tree: dict[str, Any], ray_cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """1 worker x accumulation 4; 2 x 2 that loses a worker; then its last checkpoint, and goes on as 4 x 1."""
-
-    def trained(workers: int, accumulation: int) -> tuple[TrainConfig, Path]:
-        train_tree["output_dir"] = str(tmp_path / f"run-{workers}")
-        train_tree["scaling"]["num_workers"] = workers
-        train_tree["train"]["gradient_accumulation_steps"] = accumulation
-        config = build(TrainConfig, train_tree)
-        if workers == 2:
-            threading.Thread(target=_kill_a_worker, args=(config.output_dir, 3)).start()
-        return config, Path(train(config))
-
-    one, last_of_one = trained(1, 4)
-    two, last = trained(2, 2)
-    weights = (last / WEIGHTS).read_bytes()
-    assert (last_of_one / WEIGHTS).read_bytes() == weights
-    assert _curve(one.output_dir) == _curve(two.output_dir)
-    assert [step for step, _ in _curve(two.output_dir)] == [1, 2, 3, 4]
-    assert _curve(two.output_dir)[-1][1] < _curve(two.output_dir)[0][1]
+    """2 workers x accumulation 2 that lose one of them; then their last checkpoint, and 1 goes on."""
+    two = _of(train_tree, tmp_path / "run", 2, 2)
+    threading.Thread(target=_kill_a_worker, args=(two.output_dir, 3)).start()
+    last = Path(train(two))
+    weights, curve = (last / WEIGHTS).read_bytes(), _curve(two.output_dir)
+    assert [step for step, _ in curve] == [1, 2, 3, 4]
+    assert curve[-1][1] < curve[0][1]
     assert len(list((Path(two.output_dir) / "tensorboard").iterdir())) == 2  # an attempt each
 
     assert checkpoint.steps(two.output_dir) == [2, 4]
@@ -146,11 +142,21 @@ def test_workers_and_their_deaths_change_nothing(
     (last / WEIGHTS).write_bytes(weights[:-1])
     first = (Path(two.output_dir) / "checkpoint-2" / "manifest.json").stat()
     train_tree["train"] |= {"learning_rate": two.train.learning_rate}
-    train_tree["scaling"]["num_workers"] = 4
+    train_tree["scaling"]["num_workers"] = 1
     assert train(build(TrainConfig, train_tree)) == last
     assert (last / WEIGHTS).read_bytes() == weights
-    assert _curve(two.output_dir) == _curve(one.output_dir)
+    assert _curve(two.output_dir) == curve
     assert (Path(two.output_dir) / "checkpoint-2" / "manifest.json").stat() == first
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_learns_the_same_from_the_start(
+    train_tree: dict[str, Any], ray_cluster: Any, tmp_path: Path
+) -> None:
+    runs = [_of(train_tree, tmp_path / f"run-{n}", n, 4 // n) for n in (1, 2, 4)]
+    weights = {(Path(train(run)) / WEIGHTS).read_bytes() for run in runs}
+    assert len(weights) == 1
+    assert len({tuple(_curve(run.output_dir)) for run in runs}) == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run_at_once(
