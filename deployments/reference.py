@@ -17,10 +17,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paddock import prompts
-from paddock.adapters import UnknownAdapterError
 from paddock.engine import Generation
 from paddock.engine.rendering import read, request_row
-from paddock.errors import ModelError, ServiceError
+from paddock.errors import ModelError, ServiceError, UnknownAdapterError
 
 
 class GenerationEngine(Protocol):

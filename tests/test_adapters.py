@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from paddock.adapters import AdapterDirectory, UnknownAdapterError
-from paddock.errors import ConfigError, ModelError
+from paddock.adapters import AdapterDirectory
+from paddock.errors import ConfigError, ModelError, UnknownAdapterError
 
 
 @pytest.fixture

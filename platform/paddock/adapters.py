@@ -18,16 +18,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paddock import manifest
-from paddock.errors import ConfigError, ModelError
+from paddock.errors import ConfigError, ModelError, UnknownAdapterError
 from paddock.merge_adapter import Reading, count_tokens, open_lora
 from paddock.merge_operations import AddLora
 from paddock.weights import ADAPTER_FILES, one_line
 
 _CONFIG = "adapter_config.json"
-
-
-class UnknownAdapterError(ModelError):
-    """There is no adapter of that name."""
 
 
 class AdapterDirectory:

@@ -2,6 +2,8 @@
 
 Each client has one coroutine, `ask`. What it raises says what to do: ValueError, the row can never be answered;
 BusyError, ask again later; a PaddockError, nobody will be answered; anything else, this try failed.
+
+What a client needs is imported with it: tokenizers and engines take seconds, and an endpoint needs neither.
 """
 
 from __future__ import annotations
@@ -23,9 +25,7 @@ from ray.serve.exceptions import BackPressureError
 from paddock import prompts
 from paddock.config import ServeConfig
 from paddock.data import Row
-from paddock.engine import Engine
 from paddock.errors import ConfigError, ServiceError
-from paddock.lora import load_tokenizer
 
 _PROBE_TIMEOUT_S = 30
 # The endpoint's own defaults are others, and count where a request does not say.
@@ -69,6 +69,8 @@ class HandleClient:
 
     def __init__(self, app_name: str, model: str, template: prompts.Template) -> None:
         self.handle = serve.get_app_handle(app_name)
+        from paddock.lora import load_tokenizer
+
         self.tokenizer = load_tokenizer(model)
         self.template = template
 
@@ -91,11 +93,13 @@ class LocalClient:
 
     def __init__(self, config: ServeConfig, template: prompts.Template) -> None:
         self.config, self.template = config, template
-        self.engine: Engine | None = None
+        self.engine: Any = None
         self.starting: asyncio.Lock | None = None
 
     async def start(self) -> None:
         """Load the model, in the loop that the engine then belongs to."""
+        from paddock.engine import Engine
+
         self.starting = self.starting or asyncio.Lock()
         async with self.starting:
             self.engine = self.engine or Engine(self.config, self.template)

@@ -4,6 +4,7 @@
     ├── ConfigError        a key, a value, a combination of keys
     ├── DataError          a data file: `FILE:LINE: ...`
     ├── ModelError         a base model, an adapter or a checkpoint
+    │   └── UnknownAdapterError   none of that name
     ├── OutputError        an output directory: made by another config, in use, damaged
     ├── StorageError       a URI that cannot be read or written
     ├── ResourceError      the cluster cannot give what the run asks for
@@ -31,6 +32,10 @@ class DataError(PaddockError):
 
 class ModelError(PaddockError):
     """A model, adapter or checkpoint directory cannot be used."""
+
+
+class UnknownAdapterError(ModelError):
+    """There is no adapter of that name."""
 
 
 class OutputError(PaddockError):

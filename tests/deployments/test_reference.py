@@ -13,11 +13,10 @@ from transformers import AutoTokenizer
 
 from deployments import reference
 from paddock import prompts
-from paddock.adapters import UnknownAdapterError
 from paddock.config import SamplingPart
 from paddock.data import Row
 from paddock.engine import Generation, sampling_params
-from paddock.errors import ServiceError
+from paddock.errors import ServiceError, UnknownAdapterError
 
 TEMPLATE = prompts.load_template("promptcblue")
 DEFAULTS = sampling_params(SamplingPart(preset="reference"))

@@ -1,7 +1,8 @@
 """vLLM behind one door: engine, sampling, and (openai_app.py, rendering.py) vLLM's own OpenAI app over it.
 
 vLLM is imported when something here is called, not with this module: it takes 5 s and 700 MB, and who only
-checks a model directory or names a request's row needs none of it. No other module imports vLLM.
+checks a model directory or names a request's row needs none of it. No other module imports vLLM. Nor is
+adapters.py, which takes 3 s more for transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ import psutil
 from pydantic import ValidationError
 
 from paddock import manifest, prompts, storage
-from paddock.adapters import AdapterDirectory, UnknownAdapterError
 from paddock.config import SamplingPart, ServeConfig, nearest
 from paddock.engine import openai_app
 from paddock.engine.rendering import name_all_ids, read_short_ones_at_once, take_over_text
-from paddock.errors import ConfigError, ModelError, ServiceError
+from paddock.errors import ConfigError, ModelError, ServiceError, UnknownAdapterError
 from paddock.usage import counted
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,11 @@ class Engine:
 
         self.served_model_name = config.served_model_name or Path(config.model).name
         engine = dict(config.engine)
-        self.adapters = AdapterDirectory(config.adapters, model) if config.adapters else None
-        if self.adapters is not None:
-            engine["enable_lora"] = True
+        self.adapters: Any = None
+        if config.adapters:
+            from paddock.adapters import AdapterDirectory
+
+            self.adapters, engine["enable_lora"] = AdapterDirectory(config.adapters, model), True
         engine.setdefault("worker_extension_cls", "paddock.engine.worker.WorkerExtension")
         os.environ[REPLICA] = str(os.getpid())
         if current_platform.is_cpu():

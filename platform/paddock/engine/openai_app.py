@@ -13,8 +13,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from paddock.adapters import UnknownAdapterError
-from paddock.errors import ModelError, ServiceError
+from paddock.errors import ModelError, ServiceError, UnknownAdapterError
 
 # What vLLM's beam search knows of sampling.
 _BEAM_SEARCH = {"max_tokens", "ignore_eos", "include_stop_str_in_output"}
