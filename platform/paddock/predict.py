@@ -357,7 +357,8 @@ def _finish(config: PredictConfig, rows: list[Row], ledger: Ledger, key: Mapping
     ledger.publish()
     print(f"{ledger.location}: {len(rows)} rows, {quarantined} in quarantine", flush=True)
     if not any(text.strip() for text in texts):
-        print("warning: not one row has an answer; quarantine.jsonl and shards/ say why", flush=True)
+        where = "quarantine.jsonl says why" if quarantined == len(rows) else "shards/ has what the model said: blanks"
+        print(f"warning: not one row has an answer; {where}", flush=True)
 
 
 def _raise_unless_lost(error: BaseException) -> None:
