@@ -179,6 +179,14 @@ def test_one_place_knows_vllm(root: Path) -> None:
     assert knows == {"engine"}
 
 
+def test_who_asks_an_endpoint_or_builds_the_application_waits_for_no_model_library(root: Path) -> None:
+    code = "import sys, deployments, paddock.feeder; print({'peft', 'transformers', 'vllm'} & sys.modules.keys())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={"PYTHONPATH": "platform:."}, stdout=subprocess.PIPE, check=True
+    )
+    assert found.stdout.split() == [b"set()"]
+
+
 def test_ray_stays_at_the_edges(root: Path) -> None:
     package = root / "platform" / "paddock"
     for file in _files(root, "platform"):

@@ -1,8 +1,8 @@
 """vLLM behind one door: engine, sampling, and (openai_app.py, rendering.py) vLLM's own OpenAI app over it.
 
 vLLM is imported when something here is called, not with this module: it takes 5 s and 700 MB, and who only
-checks a model directory or names a request's row needs none of it. No other module imports vLLM. Nor is
-adapters.py, which takes 3 s more for transformers and PEFT.
+checks a model directory or names a request's row needs none of it. No other module imports vLLM. adapters.py waits
+likewise: transformers and PEFT take 3 s.
 """
 
 from __future__ import annotations
