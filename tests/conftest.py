@@ -17,6 +17,7 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ from paddock.ports import free_port
 from paddock.service import start, start_serve
 
 ROOT = Path(__file__).parent.parent
+# What a shell starts in the background ignores Ctrl-C, and so would all that tests start, and send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Jobs are submitted as `python -m jobs.x`, to a cluster whose `python` is this one.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 DEMO_CONFIG = ROOT / "jobs" / "configs" / "demo.yaml"
