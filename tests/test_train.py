@@ -108,7 +108,7 @@ def _kill_a_worker(run: str, after: int) -> None:
     os.kill(max(pids), signal.SIGKILL)
 
 
-def _of(train_tree: dict[str, Any], run: Path, workers: int, accumulation: int) -> TrainConfig:
+def _with_workers(train_tree: dict[str, Any], run: Path, workers: int, accumulation: int) -> TrainConfig:
     train_tree["output_dir"] = str(run)
     train_tree["scaling"]["num_workers"] = workers
     train_tree["train"]["gradient_accumulation_steps"] = accumulation
@@ -119,7 +119,7 @@ def test_workers_and_their_deaths_change_nothing(
     train_tree: dict[str, Any], ray_cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """2 workers x accumulation 2 that lose one of them; then their last checkpoint, and 1 goes on."""
-    two = _of(train_tree, tmp_path / "run", 2, 2)
+    two = _with_workers(train_tree, tmp_path / "run", 2, 2)
     threading.Thread(target=_kill_a_worker, args=(two.output_dir, 3)).start()
     last = Path(train(two))
     weights, curve = (last / WEIGHTS).read_bytes(), _curve(two.output_dir)
@@ -153,7 +153,7 @@ def test_workers_and_their_deaths_change_nothing(
 def test_any_number_of_workers_learns_the_same_from_the_start(
     train_tree: dict[str, Any], ray_cluster: Any, tmp_path: Path
 ) -> None:
-    runs = [_of(train_tree, tmp_path / f"run-{n}", n, 4 // n) for n in (1, 2, 4)]
+    runs = [_with_workers(train_tree, tmp_path / f"run-{n}", n, 4 // n) for n in (1, 2, 4)]
     weights = {(Path(train(run)) / WEIGHTS).read_bytes() for run in runs}
     assert len(weights) == 1
     assert len({tuple(_curve(run.output_dir)) for run in runs}) == 1

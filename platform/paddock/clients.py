@@ -68,9 +68,9 @@ class HandleClient:
     """Asks a Serve application by its handle, with token ids."""
 
     def __init__(self, app_name: str, model: str, template: prompts.Template) -> None:
-        self.handle = serve.get_app_handle(app_name)
         from paddock.lora import load_tokenizer
 
+        self.handle = serve.get_app_handle(app_name)
         self.tokenizer = load_tokenizer(model)
         self.template = template
 
